@@ -18,7 +18,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from flexgen.kernels.grouped import Window, sorted_pairs
 from flexgen.kernels.prompts import paged_prompts
+from flexgen.kernels.triton.experts import TritonGroupedKernels
 from flexgen.kernels.triton.sealed_kernels import TritonKernels
 from flexgen.kv.low_bit import LowBitPages, kv_format
 from flexgen.passes.geometry import KVGeometry
@@ -117,6 +119,29 @@ def latents(dtype: torch.dtype, heads: int, rank: int, rope: int) -> Callable[[]
     return call
 
 
+def experts(
+    dtype: torch.dtype, tokens: int, choices: int, num_experts: int, hidden: int, intermediate: int, *, biased: bool = False,
+    inputs_first: bool = False,
+) -> Callable[[], None]:  # fmt: skip
+    """Both products of some of a layer's experts, and the sums."""
+
+    def call() -> None:
+        kernels, count = TritonGroupedKernels(), max(num_experts // 3, 1)
+        pairs = sorted_pairs(integers(tokens, choices), num_experts)
+        window = Window(first=1, count=count, skipped=0, num_rows=tokens * choices)
+
+        def product(x: torch.Tensor, inputs: int, outputs: int, *, gathers: bool) -> torch.Tensor:
+            weight = numbers(count, inputs, outputs, dtype=dtype) if inputs_first else numbers(count, outputs, inputs, dtype=dtype).mT
+            bias = numbers(count, outputs, dtype=dtype) if biased else None
+            return kernels.product(x, weight, bias, pairs, window, gathers=gathers)
+
+        gate, up = product(numbers(tokens, hidden, dtype=dtype), hidden, 2 * intermediate, gathers=True).chunk(2, dim=-1)
+        out = product(gate * up, intermediate, hidden, gathers=False)
+        kernels.add(out, numbers(tokens, choices, dtype=dtype), pairs, window, numbers(tokens, hidden, dtype=torch.float32))
+
+    return call
+
+
 CASES: dict[str, Callable[[], None]] = {
     "decode-opt": decode(torch.float16, 32, 32, 128, 128),
     "decode-gpt-oss": decode(torch.bfloat16, 64, 8, 64, 64, sinks=numbers(64, dtype=torch.bfloat16)),
@@ -142,6 +167,12 @@ CASES: dict[str, Callable[[], None]] = {
     "prefill-longest": prefill(torch.bfloat16, 4, 2, 1024, 512),
     "prefill-longest-float32": prefill(torch.float32, 4, 2, 512, 256),
     "latents-float32": latents(torch.float32, 16, 512, 64),
+    "experts-gpt-oss": experts(torch.bfloat16, 512, 4, 128, 2880, 2880, biased=True),
+    "experts-mixtral": experts(torch.float16, 4096, 2, 8, 4096, 14336),
+    "experts-qwen3": experts(torch.bfloat16, 1024, 8, 128, 2048, 768, inputs_first=True),
+    "experts-deepseek": experts(torch.bfloat16, 2048, 8, 256, 7168, 2048),
+    "experts-uneven": experts(torch.bfloat16, 900, 3, 40, 1000, 333, biased=True, inputs_first=True),
+    "experts-float32": experts(torch.float32, 512, 2, 8, 4096, 1024),
 }
 
 

@@ -12,6 +12,7 @@ import torch
 
 from flexgen.kernels.attention import attention_kernels
 from flexgen.kernels.cpu import CpuKernels
+from flexgen.kernels.experts import grouped_kernels
 from flexgen.kernels.reference import AttentionKernels
 
 
@@ -41,21 +42,29 @@ def test_cuda_devices_without_kernels_have_the_reference_and_a_reason(
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if installed else None)
     with caplog.at_level(logging.INFO, "flexgen"), attention_kernels(torch.device("cuda", 0), 2) as kernels:
         assert type(kernels) is AttentionKernels
-    assert reason in caplog.text
+        assert grouped_kernels.__wrapped__(torch.device("cuda", 0)) is None  # what is chosen is remembered
+    assert [record.name for record in caplog.records if reason in record.message] == [
+        "flexgen.kernels.attention",
+        "flexgen.kernels.experts",
+    ]
+
+
+def test_the_host_has_no_grouped_kernels() -> None:
+    assert grouped_kernels(torch.device("cpu")) is None
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (12, 0)])
 def test_cuda_devices_have_tritons_kernels(capability: tuple[int, int]) -> None:
     pytest.importorskip("triton", reason="Triton is not installed (the extra triton)")
     code = (
-        "import torch; from flexgen.kernels.attention import attention_kernels\n"
+        "import torch; from flexgen.kernels.attention import attention_kernels; from flexgen.kernels.experts import grouped_kernels\n"
         f"torch.cuda.get_device_capability = lambda device: {capability}\n"
-        "print(type(attention_kernels(torch.device('cuda', 0), 2)).__name__)"
+        "print(type(attention_kernels(torch.device('cuda', 0), 2)).__name__, type(grouped_kernels(torch.device('cuda', 0))).__name__)"
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    assert done.stdout.split() == ["TritonKernels"]
+    assert done.stdout.split() == ["TritonKernels", "TritonGroupedKernels"]
 
 
 def test_triton_is_imported_only_where_it_computes() -> None:
-    code = "import sys, flexgen.kernels.attention, flexgen.kernels.reference; sys.exit('flexgen.kernels.triton' in sys.modules)"
+    code = "import sys, flexgen.kernels.attention, flexgen.models.experts; sys.exit('flexgen.kernels.triton' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

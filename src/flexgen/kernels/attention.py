@@ -28,14 +28,21 @@ def _cpu_kernels(device: torch.device, num_threads: int) -> AttentionKernels:
     return CpuKernels(num_threads)
 
 
-def _cuda_kernels(device: torch.device, num_threads: int) -> AttentionKernels:
-    """Triton's kernels where Triton is installed and compiles for the device; elsewhere the reference."""
+def without_triton(device: torch.device) -> str | None:
+    """Return why a CUDA device has no kernels in Triton; None if it has."""
     capability = torch.cuda.get_device_capability(device)
     if capability < LEAST_CAPABILITY:
-        logger.info("attention on the device in plain torch operations: its compute capability is %d.%d, not 8.0 or more", *capability)
-        return AttentionKernels()
+        return "its compute capability is {}.{}, not 8.0 or more".format(*capability)
     if importlib.util.find_spec("triton") is None:
-        logger.info("attention on the device in plain torch operations: Triton is not installed (pip install 'flexgen-engine[triton]')")
+        return "Triton is not installed (pip install 'flexgen-engine[triton]')"
+    return None
+
+
+def _cuda_kernels(device: torch.device, num_threads: int) -> AttentionKernels:
+    """Triton's kernels where Triton is installed and compiles for the device; elsewhere the reference."""
+    reason = without_triton(device)
+    if reason is not None:
+        logger.info("attention on the device in plain torch operations: %s", reason)
         return AttentionKernels()
     from flexgen.kernels.triton.sealed_kernels import TritonKernels
 

@@ -5,13 +5,17 @@ It is registered with transformers' ExpertsInterface; the arithmetic follows the
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import torch
+from torch import Tensor
 
+from flexgen.kernels.experts import grouped_kernels
 from flexgen.models.coroutine import current_forward
+from flexgen.models.expert_sums import EveryRow, ExpertLayer, ExpertSums, GroupedRows, ListedRows
 from flexgen.models.parts import Part
+
+FEW_ROWS = 128  # a device reads an expert's matrices for about as long as it multiplies so many rows by them
 
 
 def register_experts(name: str) -> None:
@@ -21,7 +25,7 @@ def register_experts(name: str) -> None:
     ExpertsInterface.register(name, experts_forward)
 
 
-def experts_forward(module: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
+def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """Return the weighted sum of the chosen experts' outputs.
 
     Args:
@@ -33,62 +37,24 @@ def experts_forward(module: Any, hidden_states: torch.Tensor, top_k_index: torch
     Returns:
         The sum, (tokens, hidden), in the dtype of `hidden_states`.
     """
+    layer = ExpertLayer(
+        num_experts=int(module.num_experts),
+        first="gate_up_proj" if module.has_gate else "up_proj",
+        is_transposed=module.is_transposed,
+        has_bias=module.has_bias,
+        gate=module._apply_gate if module.has_gate else module.act_fn,
+        norm=module.post_expert_norm if module.has_post_expert_norm else None,
+    )
+    sums = expert_sums(layer, hidden_states, top_k_index, top_k_weights)
     parts = getattr(module, "flexgen_parts", None)
     if parts is None:  # not split: the module's own hook has entered its unit
-        return _add_experts(module, dict(module.named_parameters(recurse=False)), 0, hidden_states, top_k_index, top_k_weights)
-    forward = current_forward()
-    total = torch.zeros_like(hidden_states)
-    for part in parts:
-        forward.enter_unit(part.unit)
-        total += _add_experts(module, part.tensors, part.start, hidden_states, top_k_index, top_k_weights)
-    return total
+        sums.add(dict(module.named_parameters(recurse=False)), 0)
+    else:
+        _add_parts(sums, parts)
+    return sums.total()
 
 
-def _add_experts(
-    module: Any,
-    tensors: dict[str, torch.Tensor],
-    first: int,
-    hidden_states: torch.Tensor,
-    top_k_index: torch.Tensor,
-    top_k_weights: torch.Tensor,
-) -> torch.Tensor:
-    """Add the outputs of the experts first, first + 1, ..., whose weights are the rows of `tensors`."""
-    total = torch.zeros_like(hidden_states)
-    num_experts = next(iter(tensors.values())).shape[0]
-    inside = (top_k_index >= first) & (top_k_index < first + num_experts)
-    token, slot = torch.where(inside)  # (pairs,)
-    for index, pairs in _by_expert(top_k_index[token, slot] - first, num_experts):
-        rows = token[pairs]
-        out = _one_expert(module, tensors, index, hidden_states[rows])
-        total.index_add_(0, rows, (out * top_k_weights[rows, slot[pairs], None]).to(total.dtype))
-    return total
-
-
-def _by_expert(expert: torch.Tensor, num_experts: int) -> Iterator[tuple[int, torch.Tensor]]:
-    """Yield each expert with a selection of its own pairs, given the expert of each pair, (pairs,)."""
-    order = torch.argsort(expert, stable=True)
-    counts = torch.bincount(expert, minlength=num_experts).tolist()
-    for index, pairs in enumerate(order.split(counts)):
-        if counts[index]:
-            yield index, pairs
-
-
-def _one_expert(module: Any, tensors: dict[str, torch.Tensor], index: int, x: torch.Tensor) -> torch.Tensor:
-    """Return the output, (rows, hidden), of one expert for the inputs `x`, (rows, hidden)."""
-    up = "gate_up_proj" if module.has_gate else "up_proj"
-    hidden = _linear(module, tensors, up, index, x)
-    hidden = module._apply_gate(hidden) if module.has_gate else module.act_fn(hidden)
-    out = _linear(module, tensors, "down_proj", index, hidden)
-    return module.post_expert_norm(out) if module.has_post_expert_norm else out
-
-
-def _linear(module: Any, tensors: dict[str, torch.Tensor], name: str, index: int, x: torch.Tensor) -> torch.Tensor:
-    weight = tensors[name][index]
-    out = x @ (weight if module.is_transposed else weight.T)
-    return out + tensors[f"{name}_bias"][index] if module.has_bias else out
-
-
-def scored_experts_forward(module: Any, parts: Sequence[Part], hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def scored_experts_forward(module: Any, parts: Sequence[Part], hidden_states: Tensor) -> tuple[Tensor, Tensor]:
     """Return the output of Llama 4's experts, whose scores multiply the inputs; each expert computes its own tokens only.
 
     transformers passes every token to every expert, multiplied by zero where the expert was not chosen.
@@ -101,16 +67,44 @@ def scored_experts_forward(module: Any, parts: Sequence[Part], hidden_states: to
     Returns:
         The output, (tokens, hidden), and the router's logits.
     """
-    forward = current_forward()
+
+    def gate(gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return up * module.experts.act_fn(gate)
+
     hidden = hidden_states.reshape(-1, module.hidden_dim)
     scores, logits = module.router(hidden)  # (tokens, experts), zero where not chosen
-    total = torch.zeros_like(hidden)
+    chosen = scores.topk(module.top_k, dim=-1)  # (tokens, k)
+    rows = (hidden[:, None] * chosen.values[..., None]).flatten(0, 1)  # (tokens * k, hidden)
+    layer = ExpertLayer(num_experts=module.num_experts, first="gate_up_proj", is_transposed=True, has_bias=False, gate=gate, norm=None)
+    sums = expert_sums(layer, rows, chosen.indices.reshape(-1, 1), None)
+    _add_parts(sums, parts)
+    total = sums.total().view(len(hidden), module.top_k, -1).sum(dim=1)
+    return module.shared_expert(hidden) + total, logits
+
+
+def _add_parts(sums: ExpertSums, parts: Sequence[Part]) -> None:
+    forward = current_forward()
     for part in parts:
         forward.enter_unit(part.unit)
-        token, expert = torch.where(scores[:, part.start : part.stop] > 0)
-        for index, pairs in _by_expert(expert, part.stop - part.start):
-            rows = token[pairs]
-            gate_up = (hidden[rows] * scores[rows, part.start + index, None]) @ part.tensors["gate_up_proj"][index]
-            gate, up = gate_up.chunk(2, dim=-1)
-            total.index_add_(0, rows, (up * module.experts.act_fn(gate)) @ part.tensors["down_proj"][index])
-    return module.shared_expert(hidden) + total, logits
+        sums.add(part.tensors, part.start)
+
+
+def expert_sums(layer: ExpertLayer, x: Tensor, experts: Tensor, weights: Tensor | None) -> ExpertSums:
+    """Return the sums of experts' outputs for the rows `x`, to which experts are added as they arrive.
+
+    The host computes each expert's rows, and a device with kernels of ours the same in groups.  Any other device would have to tell the
+    host which rows these are, for which it waits; few rows are computed by all experts instead.
+
+    Args:
+        layer: How an expert computes.
+        x: The inputs, (R, hidden).
+        experts: The experts that each row chose, no expert twice, int64 (R, k).
+        weights: The weights of their outputs, (R, k); None for 1.
+    """
+    kernels = grouped_kernels(x.device)
+    if kernels is not None and kernels.covers(x.dtype):
+        return GroupedRows(layer, kernels, x, experts, weights)
+    if x.device.type == "cpu" or len(x) > FEW_ROWS:
+        return ListedRows(layer, x, experts, weights)
+    return EveryRow(layer, x, experts, weights)

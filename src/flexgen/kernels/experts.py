@@ -1,0 +1,36 @@
+"""The kernels of a device for the products of experts, chosen by a table."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+
+import torch
+
+from flexgen.kernels.attention import without_triton
+from flexgen.kernels.grouped import GroupedKernels
+
+logger = logging.getLogger(__name__)
+
+
+@functools.cache
+def grouped_kernels(device: torch.device) -> GroupedKernels | None:
+    """Return the kernels for tensors on `device`; None if there are none."""
+    make = KERNELS.get(device.type)
+    return None if make is None else make(device)
+
+
+def _cuda_kernels(device: torch.device) -> GroupedKernels | None:
+    """Triton's kernels where Triton is installed and compiles for the device."""
+    reason = without_triton(device)
+    if reason is not None:
+        logger.info("experts on the device one by one: %s", reason)
+        return None
+    from flexgen.kernels.triton.experts import TritonGroupedKernels
+
+    logger.info("experts on the device in Triton's kernels")
+    return TritonGroupedKernels()
+
+
+KERNELS: dict[str, Callable[[torch.device], GroupedKernels | None]] = {"cuda": _cuda_kernels}

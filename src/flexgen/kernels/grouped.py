@@ -1,0 +1,95 @@
+"""Products in which each row meets the matrix of its own expert: which rows these are, and what kernels for them do.
+
+Letters of shapes: R rows, k experts that each row chose, P = R * k pairs of a row and an expert, W pairs of a window.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SortedPairs:
+    """The pairs of a row and an expert that it chose, sorted by expert; pair p is choice p % k of row p // k.
+
+    Attributes:
+        order: The pairs, int64 (P,): those of a lower expert first, those of one expert in the order of rows.
+        places: The place of each pair in `order`, int64 (P,).
+        offsets: The place of the first pair of each expert, and the end of the last one's, int64 (experts + 1,).
+    """
+
+    order: Tensor
+    places: Tensor
+    offsets: Tensor
+
+    @property
+    def num_experts(self) -> int:
+        """The number of experts."""
+        return len(self.offsets) - 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Window:
+    """Neighbouring places among the sorted pairs of consecutive experts.  Where they begin is known on the device only.
+
+    Attributes:
+        first: The first of the experts.
+        count: The number of experts.
+        skipped: How many pairs of these experts lie before the window.
+        num_rows: The number of places.  There may be fewer pairs than that: the rows behind them are neither computed nor used.
+    """
+
+    first: int
+    count: int
+    skipped: int
+    num_rows: int
+
+
+class GroupedKernels(Protocol):
+    """Kernels for products in which each row meets the matrix of its own expert.  None of them waits for the device."""
+
+    def covers(self, dtype: torch.dtype) -> bool:
+        """Whether there are kernels for numbers of this format."""
+        ...
+
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None, pairs: SortedPairs, window: Window, *, gathers: bool) -> Tensor:
+        """Return the products, (W, outputs), of a window's pairs.
+
+        Args:
+            x: The inputs: (R, inputs) of all rows if they are gathered, otherwise (W, inputs) of the window.
+            weight: The matrices of the window's experts, (count, inputs, outputs), in any order in memory.
+            bias: Their biases, (count, outputs), if any.
+            pairs: All pairs.
+            window: Which of them are computed.
+            gathers: Whether the inputs are those of all rows.
+        """
+        ...
+
+    def add(self, rows: Tensor, weights: Tensor | None, pairs: SortedPairs, window: Window, total: Tensor) -> None:
+        """Add the results of a window's pairs to those of the rows that they belong to, one pair of a row after the other.
+
+        Args:
+            rows: The results, (W, dim).
+            weights: The weight of each choice, (R, k); None for 1.
+            pairs: All pairs.
+            window: Which of them are added.
+            total: The sums, float32 (R, dim).
+        """
+        ...
+
+
+def sorted_pairs(experts: Tensor, num_experts: int) -> SortedPairs:
+    """Return the pairs of rows and the experts that they chose, sorted; nothing waits for the device.
+
+    Args:
+        experts: The chosen experts, int64 (R, k).  Those outside of 0 to num_experts - 1 belong to no expert.
+        num_experts: The number of experts.
+    """
+    found, order = experts.reshape(-1).sort(stable=True)
+    places = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    offsets = torch.searchsorted(found, torch.arange(num_experts + 1, device=order.device))
+    return SortedPairs(order=order, places=places, offsets=offsets)

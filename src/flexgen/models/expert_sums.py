@@ -1,0 +1,146 @@
+"""Sums of the outputs of experts that arrive one after the other, in three ways: by lists on the host, in groups, and for every row.
+
+In all of them the outputs of a row's experts are added in ascending order of experts, so that sums do not depend on how experts are
+divided among units.  Letters of shapes are those of kernels/grouped.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from flexgen.kernels.grouped import GroupedKernels, Window, sorted_pairs
+
+WINDOW_BYTES = 128 << 20  # of the first product of the pairs that are computed at once
+
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertLayer:
+    """How each expert of a layer computes.
+
+    Attributes:
+        num_experts: The number of experts.
+        first: The name of the first matrices; the second ones are "down_proj".
+        is_transposed: Whether matrices are (inputs, outputs) rather than (outputs, inputs).
+        has_bias: Whether there are biases, whose names end in "_bias".
+        gate: What becomes of the first product.
+        norm: What becomes of the second product; None for nothing.
+    """
+
+    num_experts: int
+    first: str
+    is_transposed: bool
+    has_bias: bool
+    gate: Callable[[Tensor], Tensor]
+    norm: Callable[[Tensor], Tensor] | None
+
+    def matrices(self, tensors: Tensors, name: str) -> tuple[Tensor, Tensor | None]:
+        """Return the matrices, (experts, inputs, outputs), and biases, (experts, outputs), of the experts that have arrived."""
+        weight = tensors[name]
+        return weight if self.is_transposed else weight.mT, tensors[f"{name}_bias"] if self.has_bias else None
+
+    def output(self, tensors: Tensors, index: int, x: Tensor) -> Tensor:
+        """Return the output of one of the experts that have arrived, (rows, hidden), for the inputs `x`, (rows, hidden)."""
+        hidden = self.gate(self._product(tensors, self.first, index, x))
+        return self.normed(self._product(tensors, "down_proj", index, hidden))
+
+    def normed(self, out: Tensor) -> Tensor:
+        """Return what becomes of the second product."""
+        return out if self.norm is None else self.norm(out)
+
+    def _product(self, tensors: Tensors, name: str, index: int, x: Tensor) -> Tensor:
+        weight, bias = self.matrices(tensors, name)
+        out = x @ weight[index]
+        return out if bias is None else out + bias[index]
+
+
+class ExpertSums(Protocol):
+    """The sums of experts' outputs, made with `layer, x, experts, weights` as in experts.py's `expert_sums`."""
+
+    def add(self, tensors: Tensors, first: int) -> None:
+        """Add the outputs of the experts first, first + 1, ..., whose matrices and biases are the rows of `tensors`."""
+        ...
+
+    def total(self) -> Tensor:
+        """Return the sums, (R, hidden), in the dtype of the inputs."""
+        ...
+
+
+class ListedRows:
+    """Each expert computes its own rows, whose number the host knows: it asks once per layer."""
+
+    def __init__(self, layer: ExpertLayer, x: Tensor, experts: Tensor, weights: Tensor | None) -> None:
+        self._layer, self._x, self._total = layer, x, torch.zeros_like(x)
+        chosen = experts.reshape(-1)
+        order = torch.argsort(chosen, stable=True)
+        counts: list[int] = torch.bincount(chosen, minlength=layer.num_experts).tolist()
+        self._rows = (order // experts.shape[1]).split(counts)
+        self._weights = None if weights is None else weights.reshape(-1, 1)[order].split(counts)
+
+    def add(self, tensors: Tensors, first: int) -> None:
+        for index in range(len(tensors["down_proj"])):
+            rows = self._rows[first + index]
+            if not len(rows):
+                continue
+            out = self._layer.output(tensors, index, self._x[rows])
+            if self._weights is not None:
+                out = out * self._weights[first + index]
+            self._total.index_add_(0, rows, out.to(self._total.dtype))
+
+    def total(self) -> Tensor:
+        return self._total
+
+
+class EveryRow:
+    """Each expert computes all rows, and those count that chose it: for devices on which nothing else works without waiting."""
+
+    def __init__(self, layer: ExpertLayer, x: Tensor, experts: Tensor, weights: Tensor | None) -> None:
+        self._layer, self._x, self._experts, self._weights = layer, x, experts, weights
+        self._total = torch.zeros_like(x)
+
+    def add(self, tensors: Tensors, first: int) -> None:
+        for index in range(len(tensors["down_proj"])):
+            others = self._experts != first + index  # (R, k)
+            out = self._layer.output(tensors, index, self._x)
+            if self._weights is not None:
+                out = out * self._weights.masked_fill(others, 0).sum(dim=-1, keepdim=True)
+            self._total += out.to(self._total.dtype).masked_fill_(others.all(dim=-1, keepdim=True), 0)
+
+    def total(self) -> Tensor:
+        return self._total
+
+
+class GroupedRows:
+    """The rows of all experts that have arrived are computed together by kernels of ours; nothing waits for the device.
+
+    The host does not know how many rows these are.  So it goes through windows that have room for as many as there could be; what is
+    computed between products is computed for all rows of a window.
+    """
+
+    def __init__(self, layer: ExpertLayer, kernels: GroupedKernels, x: Tensor, experts: Tensor, weights: Tensor | None) -> None:
+        self._layer, self._kernels, self._x = layer, kernels, x
+        chosen = experts.sort(dim=-1, stable=True)
+        self._weights = None if weights is None else weights.gather(-1, chosen.indices)
+        self._pairs = sorted_pairs(chosen.values, layer.num_experts)
+        self._total = torch.zeros_like(x, dtype=torch.float32)
+
+    def add(self, tensors: Tensors, first: int) -> None:
+        weight, bias = self._layer.matrices(tensors, self._layer.first)
+        down, down_bias = self._layer.matrices(tensors, "down_proj")
+        most = min(len(self._pairs.order), len(self._x) * len(weight))  # a row chooses no expert twice
+        at_once = max(WINDOW_BYTES // (weight.shape[2] * self._x.element_size()), 1)
+        for skipped in range(0, most, at_once):
+            window = Window(first=first, count=len(weight), skipped=skipped, num_rows=min(at_once, most - skipped))
+            hidden = self._kernels.product(self._x, weight, bias, self._pairs, window, gathers=True)
+            hidden = self._layer.gate(hidden)
+            out = self._kernels.product(hidden, down, down_bias, self._pairs, window, gathers=False)
+            self._kernels.add(self._layer.normed(out), self._weights, self._pairs, window, self._total)
+
+    def total(self) -> Tensor:
+        return self._total.to(self._x.dtype)
