@@ -91,5 +91,5 @@ def sorted_pairs(experts: Tensor, num_experts: int) -> SortedPairs:
     """
     found, order = experts.reshape(-1).sort(stable=True)
     places = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-    offsets = torch.searchsorted(found, torch.arange(num_experts + 1, device=order.device))
+    offsets = torch.searchsorted(found, torch.arange(num_experts + 1, dtype=found.dtype, device=order.device))
     return SortedPairs(order=order, places=places, offsets=offsets)
