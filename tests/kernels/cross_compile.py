@@ -173,6 +173,7 @@ CASES: dict[str, Callable[[], None]] = {
     "experts-deepseek": experts(torch.bfloat16, 2048, 8, 256, 7168, 2048),
     "experts-uneven": experts(torch.bfloat16, 900, 3, 40, 1000, 333, biased=True, inputs_first=True),
     "experts-float32": experts(torch.float32, 512, 2, 8, 4096, 1024),
+    "experts-one": experts(torch.bfloat16, 64, 1, 2, 5120, 8192),
 }
 
 

@@ -199,7 +199,7 @@ def test_scored_experts(cuts: list[int], choices: int, device: torch.device) -> 
     with torch.no_grad():
         wanted = module(hidden)
         moved = module.to(device)
-        tensors = {name: parameter.data for name, parameter in moved.experts.named_parameters()}
+        tensors = {name: parameter.detach() for name, parameter in moved.experts.named_parameters()}
         parts = parts_of(tensors, cuts, "scored_experts")
         got = Arriving(lambda: scored_experts_forward(moved, parts, hidden.to(device)), parts, tensors).switch()
     for ours, theirs in zip(got, wanted, strict=True):
@@ -257,13 +257,13 @@ class Waits:
     def __init__(self, model_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
         self.layers, self.found, self._model_type = 0, 0, model_type
         self._inside = {f"{FAMILIES[model_type]}.forward", "experts_forward", "scored_experts_forward"}
-        make = experts.expert_sums
+        make = experts.empty_sums
 
         def counted(*given: Any) -> Any:
             self.layers += 1
             return make(*given)
 
-        monkeypatch.setattr(experts, "expert_sums", counted)
+        monkeypatch.setattr(experts, "empty_sums", counted)
 
     def of(self, run: Callable[[AssembledModel, Policy], Answers], folder: Path) -> Answers:
         """What a run on the simulated device gives, with weights at all homes."""

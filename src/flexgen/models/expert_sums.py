@@ -61,7 +61,7 @@ class ExpertLayer:
 
 
 class ExpertSums(Protocol):
-    """The sums of experts' outputs, made with `layer, x, experts, weights` as in experts.py's `expert_sums`."""
+    """The sums of experts' outputs, made with `layer, x, experts, weights` as in experts.py's `empty_sums`."""
 
     def add(self, tensors: Tensors, first: int) -> None:
         """Add the outputs of the experts first, first + 1, ..., whose matrices and biases are the rows of `tensors`."""

@@ -45,7 +45,7 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
         gate=module._apply_gate if module.has_gate else module.act_fn,
         norm=module.post_expert_norm if module.has_post_expert_norm else None,
     )
-    sums = expert_sums(layer, hidden_states, top_k_index, top_k_weights)
+    sums = empty_sums(layer, hidden_states, top_k_index, top_k_weights)
     parts = getattr(module, "flexgen_parts", None)
     if parts is None:  # not split: the module's own hook has entered its unit
         sums.add(dict(module.named_parameters(recurse=False)), 0)
@@ -77,7 +77,7 @@ def scored_experts_forward(module: Any, parts: Sequence[Part], hidden_states: Te
     chosen = scores.topk(module.top_k, dim=-1)  # (tokens, k)
     rows = (hidden[:, None] * chosen.values[..., None]).flatten(0, 1)  # (tokens * k, hidden)
     layer = ExpertLayer(num_experts=module.num_experts, first="gate_up_proj", is_transposed=True, has_bias=False, gate=gate, norm=None)
-    sums = expert_sums(layer, rows, chosen.indices.reshape(-1, 1), None)
+    sums = empty_sums(layer, rows, chosen.indices.reshape(-1, 1), None)
     _add_parts(sums, parts)
     total = sums.total().view(len(hidden), module.top_k, -1).sum(dim=1)
     return module.shared_expert(hidden) + total, logits
@@ -90,8 +90,8 @@ def _add_parts(sums: ExpertSums, parts: Sequence[Part]) -> None:
         sums.add(part.tensors, part.start)
 
 
-def expert_sums(layer: ExpertLayer, x: Tensor, experts: Tensor, weights: Tensor | None) -> ExpertSums:
-    """Return the sums of experts' outputs for the rows `x`, to which experts are added as they arrive.
+def empty_sums(layer: ExpertLayer, x: Tensor, experts: Tensor, weights: Tensor | None) -> ExpertSums:
+    """Return sums of experts' outputs for the rows `x`, to which experts are added as they arrive.
 
     The host computes each expert's rows, and a device with kernels of ours the same in groups.  Any other device would have to tell the
     host which rows these are, for which it waits; few rows are computed by all experts instead.
