@@ -26,8 +26,11 @@ ROUNDOFF = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.
 
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    def new(like: Tensor, *shape: int) -> Tensor:
-        return torch.full(shape, NAN, dtype=like.dtype, device=like.device)
+    own = torch.Tensor.new_empty
+
+    def new(like: Tensor, *shape: int, **how: Any) -> Tensor:
+        out = own(like, *shape, **how)
+        return out.fill_(NAN) if out.is_floating_point() else out
 
     monkeypatch.setattr(torch.Tensor, "new_empty", new)
 

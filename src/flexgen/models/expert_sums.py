@@ -73,15 +73,14 @@ class ExpertSums(Protocol):
 
 
 class ListedRows:
-    """Each expert computes its own rows, whose number the host knows: it asks once per layer."""
+    """Each expert computes its own rows, whose number the host knows: it waits for the device once per layer."""
 
     def __init__(self, layer: ExpertLayer, x: Tensor, experts: Tensor, weights: Tensor | None) -> None:
         self._layer, self._x, self._total = layer, x, torch.zeros_like(x)
-        chosen = experts.reshape(-1)
-        order = torch.argsort(chosen, stable=True)
-        counts: list[int] = torch.bincount(chosen, minlength=layer.num_experts).tolist()
-        self._rows = (order // experts.shape[1]).split(counts)
-        self._weights = None if weights is None else weights.reshape(-1, 1)[order].split(counts)
+        found, order = experts.reshape(-1).sort(stable=True)
+        ends = torch.searchsorted(found, torch.arange(1, layer.num_experts + 1, dtype=found.dtype, device=found.device)).tolist()
+        self._rows = (order // experts.shape[1]).tensor_split(ends)  # of each expert, and of none
+        self._weights = None if weights is None else weights.reshape(-1, 1)[order].tensor_split(ends)
 
     def add(self, tensors: Tensors, first: int) -> None:
         for index in range(len(tensors["down_proj"])):
