@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 from collections.abc import Callable
 
@@ -10,10 +9,9 @@ import torch
 
 from flexgen.kernels.codes import HeadCodes, SealedPages
 from flexgen.kernels.reference import AttentionKernels
+from flexgen.kernels.triton_support import why_not_triton
 
 logger = logging.getLogger(__name__)
-
-LEAST_CAPABILITY = (8, 0)  # of a CUDA device; Triton does not compile for older ones
 
 
 def attention_kernels(device: torch.device, num_threads: int) -> AttentionKernels:
@@ -30,12 +28,8 @@ def _cpu_kernels(device: torch.device, num_threads: int) -> AttentionKernels:
 
 def _cuda_kernels(device: torch.device, num_threads: int) -> AttentionKernels:
     """Triton's kernels where Triton is installed and compiles for the device; elsewhere the reference."""
-    capability = torch.cuda.get_device_capability(device)
-    if capability < LEAST_CAPABILITY:
-        logger.info("attention on the device in plain torch operations: its compute capability is %d.%d, not 8.0 or more", *capability)
-        return AttentionKernels()
-    if importlib.util.find_spec("triton") is None:
-        logger.info("attention on the device in plain torch operations: Triton is not installed (pip install 'flexgen-engine[triton]')")
+    if reason := why_not_triton(device):
+        logger.info("attention on the device in plain torch operations: %s", reason)
         return AttentionKernels()
     from flexgen.kernels.triton.sealed_kernels import TritonKernels
 
