@@ -63,7 +63,7 @@ class TestLookUp:
             kernels.look_up(Codes(numbers=given, values=of_kind(kind, given.device)), scales, out)
 
         found = check(kernels, decode, (1, 256, columns), dtype)
-        assert bool(found.isnan().any()) == (kind == "e4m3" or stored != torch.uint8)
+        assert bool(found.isnan().any())  # those of NaN, and of 0 times infinity
 
     def test_known_values_are_not_looked_up(self, kernels: DequantizeKernels) -> None:
         """Those of E2M1 and E4M3 are computed; another table that is equal to one of them is looked up."""
