@@ -224,7 +224,7 @@ def test_a_device_decodes_two_units_at_a_time_and_gives_their_slots_back(tmp_pat
     def wait(unit: int) -> None:
         for _ in range(100):
             arrived.clear()
-            if store.is_ready(unit):
+            if store._links[-1].is_ready(unit):
                 return
             arrived.wait(0.1)
         raise AssertionError(f"unit {unit} never arrived")
@@ -232,9 +232,10 @@ def test_a_device_decodes_two_units_at_a_time_and_gives_their_slots_back(tmp_pat
     for unit in range(DEVICE_SCRATCH_UNITS):  # the ring holds one
         wait(unit)
         store.open(unit)
-    assert not store.is_ready(DEVICE_SCRATCH_UNITS)
-    store.release(0)
     wait(DEVICE_SCRATCH_UNITS)
+    assert not store.is_ready(DEVICE_SCRATCH_UNITS), "there is no memory to decode it"
+    store.release(0)
+    assert store.is_ready(DEVICE_SCRATCH_UNITS)
     store.open(DEVICE_SCRATCH_UNITS)
     for unit in range(1, DEVICE_SCRATCH_UNITS + 1):
         assert torch.equal(model.bound[unit, "w"].cpu(), decoded[: CUT - 1])
