@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -32,6 +33,7 @@ from flexgen.formats.table import FORMATS, runs
 from flexgen.io.direct_io import FileSet
 from flexgen.io.pool import IOPool
 from flexgen.options import DTYPE_BYTES
+from flexgen.plan.policy import DEVICE_SCRATCH_UNITS
 from flexgen.weights.store import WeightStore
 from flexgen.weights.unit import UnitForm, UnitLayout, WantedTensor
 
@@ -202,6 +204,42 @@ def test_units_land_on_the_device_in_the_same_memory_before_it_decodes_them(tmp_
     store.load()
     bound = sum(tensor.nbytes for tensor in model.bound.values())
     assert backend.used_bytes == bound + max(unit.carried_bytes for unit in units)
+    store.close()
+    files.close()
+    backend.close()
+
+
+def test_a_device_decodes_two_units_at_a_time_and_gives_their_slots_back(tmp_path: Path, io: IOPool) -> None:
+    """So the ring has room for the next units while these are computed with; memory for decoded numbers is that of the plan."""
+    decoded, files, backend, arrived = write(tmp_path), FileSet(), SimulatedDevice(1 << 20), threading.Event()
+    units, model = [*layouts(tmp_path, RowScaled(carried_as_stored=True))[:1]], Model()
+    units += [dataclasses.replace(units[0], index=index) for index in range(1, DEVICE_SCRATCH_UNITS + 1)]
+    store = WeightStore(
+        units, ("disk",) * len(units), model, io, files, backend=backend, host_ring_bytes=8 * 4096,
+        device_ring_bytes=units[0].carried_bytes, on_arrival=arrived.set, poison=True,
+    )  # fmt: skip
+    store.load()
+    store.start()
+
+    def wait(unit: int) -> None:
+        for _ in range(100):
+            arrived.clear()
+            if store._links[-1].is_ready(unit):
+                return
+            arrived.wait(0.1)
+        raise AssertionError(f"unit {unit} never arrived")
+
+    for unit in range(DEVICE_SCRATCH_UNITS):  # the ring holds one
+        wait(unit)
+        store.open(unit)
+    wait(DEVICE_SCRATCH_UNITS)
+    assert not store.is_ready(DEVICE_SCRATCH_UNITS), "there is no memory to decode it"
+    store.release(0)
+    assert store.is_ready(DEVICE_SCRATCH_UNITS)
+    store.open(DEVICE_SCRATCH_UNITS)
+    for unit in range(1, DEVICE_SCRATCH_UNITS + 1):
+        assert torch.equal(model.bound[unit, "w"].cpu(), decoded[: CUT - 1])
+    assert backend.used_bytes == units[0].carried_bytes + DEVICE_SCRATCH_UNITS * units[0].decoded_bytes
     store.close()
     files.close()
     backend.close()

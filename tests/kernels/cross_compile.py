@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -177,23 +177,28 @@ CASES: dict[str, Callable[[], None]] = {
 }
 
 
-def main(case: str) -> None:
+def main(cases: Mapping[str, Callable[[], None]], case: str) -> None:
+    """Print what a case launches: of each program and capability, its shared memory and what its PTX is made of."""
     active, found = Driver(), []
 
     def compiled(kernel: JITFunction[Any], grid: Any) -> Callable[..., None]:
         def launch(*args: Any, **how: Any) -> None:
             for active.device in CAPABILITIES:
                 program = kernel.run(*args, grid=grid, warmup=True, **how)
-                found.append({"kernel": kernel.__name__, "capability": active.device, "shared_bytes": program.metadata.shared})
+                ptx = program.asm["ptx"]
+                found.append({
+                    "kernel": kernel.__name__, "capability": active.device, "shared_bytes": program.metadata.shared,
+                    "fuses": "fma.rn.f" in ptx, "flushes": ".ftz." in ptx, "divides_roughly": "div.full" in ptx or "div.approx" in ptx,
+                })  # fmt: skip
                 assert len(program.asm["cubin"]) > 0
 
         return launch
 
     driver.set_active(active)
     JITFunction.__getitem__ = compiled
-    CASES[case]()
+    cases[case]()
     print(json.dumps(found))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(CASES, sys.argv[1])

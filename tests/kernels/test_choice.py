@@ -12,6 +12,8 @@ import torch
 
 from flexgen.kernels.attention import attention_kernels
 from flexgen.kernels.cpu import CpuKernels
+from flexgen.kernels.dequantize.choice import dequantize_kernels
+from flexgen.kernels.dequantize.reference import DequantizeKernels
 from flexgen.kernels.experts import grouped_kernels
 from flexgen.kernels.reference import AttentionKernels
 
@@ -20,10 +22,11 @@ def test_kernels_by_device() -> None:
     with attention_kernels(torch.device("cpu"), 2) as on_cpu, attention_kernels(torch.device("meta"), 2) as elsewhere:
         assert isinstance(on_cpu, CpuKernels)
         assert type(elsewhere) is AttentionKernels
+    assert type(dequantize_kernels(torch.device("meta"))) is DequantizeKernels
 
 
 def test_numba_is_imported_only_where_it_computes() -> None:
-    code = "import sys, flexgen.kernels.attention, flexgen.kernels.reference; sys.exit('numba' in sys.modules)"
+    code = "import sys, flexgen.kernels.attention, flexgen.kernels.dequantize.choice; sys.exit('numba' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -42,9 +45,11 @@ def test_cuda_devices_without_kernels_have_the_reference_and_a_reason(
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if installed else None)
     with caplog.at_level(logging.INFO, "flexgen"), attention_kernels(torch.device("cuda", 0), 2) as kernels:
         assert type(kernels) is AttentionKernels
-        assert grouped_kernels.__wrapped__(torch.device("cuda", 0)) is None  # what is chosen is remembered
+        assert type(dequantize_kernels.__wrapped__(torch.device("cuda", 0))) is DequantizeKernels  # without what is kept for each device
+        assert grouped_kernels.__wrapped__(torch.device("cuda", 0)) is None
     assert [record.name for record in caplog.records if reason in record.message] == [
         "flexgen.kernels.attention",
+        "flexgen.kernels.dequantize.choice",
         "flexgen.kernels.experts",
     ]
 
@@ -58,13 +63,17 @@ def test_cuda_devices_have_tritons_kernels(capability: tuple[int, int]) -> None:
     pytest.importorskip("triton", reason="Triton is not installed (the extra triton)")
     code = (
         "import torch; from flexgen.kernels.attention import attention_kernels; from flexgen.kernels.experts import grouped_kernels\n"
+        "from flexgen.kernels.dequantize.choice import dequantize_kernels\n"
         f"torch.cuda.get_device_capability = lambda device: {capability}\n"
-        "print(type(attention_kernels(torch.device('cuda', 0), 2)).__name__, type(grouped_kernels(torch.device('cuda', 0))).__name__)"
+        "device = torch.device('cuda', 0)\n"
+        "chosen = attention_kernels(device, 2), dequantize_kernels(device), grouped_kernels(device)\n"
+        "print(*(type(each).__name__ for each in chosen))"
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    assert done.stdout.split() == ["TritonKernels", "TritonGroupedKernels"]
+    assert done.stdout.split() == ["TritonKernels", "TritonDequantizeKernels", "TritonGroupedKernels"]
 
 
 def test_triton_is_imported_only_where_it_computes() -> None:
-    code = "import sys, flexgen.kernels.attention, flexgen.models.experts; sys.exit('flexgen.kernels.triton' in sys.modules)"
+    modules = "flexgen.kernels.attention, flexgen.kernels.dequantize.lookup, flexgen.models.experts"
+    code = f"import sys, {modules}; sys.exit('flexgen.kernels.triton' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -11,7 +11,8 @@ from torch import Tensor
 from flexgen.devices.sim_tensor import register
 from flexgen.errors import EngineError
 from flexgen.kernels.dequantize import tables
-from flexgen.kernels.dequantize.lookup import Codes, Scales, decode
+from flexgen.kernels.dequantize.blocks import Codes, Scales
+from flexgen.kernels.dequantize.lookup import decode, in_vectors
 from flexgen.kernels.threads import KernelThreads
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -62,7 +63,7 @@ def test_four_bits(columns: int, group: int, high_first: bool, dtype: torch.dtyp
     for values in (torch.randn(16, generator=torch.Generator().manual_seed(2)), tables.on_device(tables.E2M1, CPU)):
         wanted = values[nibbles(codes, high_first=high_first)] * scales.repeat_interleave(group, dim=1)[:, :columns]
         out = torch.full((7, columns), 7, dtype=dtype)
-        given = Scales.of(scales, tuple(scales.shape), block_columns=group)
+        given = Scales(numbers=scales, block_columns=group)
         decode(Codes(numbers=codes, values=values, high_first=high_first), given, out, in_pieces)
         assert_same(out, wanted.to(dtype))
 
@@ -79,7 +80,7 @@ def test_every_code_of_eight_bits(columns: int, dtype: torch.dtype) -> None:
     scales = torch.tensor([1.0, -1.0, 2.0**-100, 2.0**-130])[:, None]
     for values, wanted in ((e4m3, codes.view(torch.float8_e4m3fn).float()), (other, other[codes.int()])):
         out = torch.full(codes.shape, 7, dtype=dtype)
-        decode(Codes(numbers=codes, values=values), Scales.of(scales, (4, 1), block_columns=256), out, in_pieces)
+        decode(Codes(numbers=codes, values=values), Scales(numbers=scales, block_columns=256), out, in_pieces)
         assert_same(out, (wanted * scales).to(dtype))
 
 
@@ -92,7 +93,7 @@ def test_eight_bits_in_blocks(rows: int, columns: int, block: tuple[int, int], s
     expanded = scales.repeat_interleave(block[0], dim=0)[start % block[0] :][:rows].repeat_interleave(block[1], dim=1)[:, :columns]
     wanted = codes.view(torch.float8_e4m3fn).float() * expanded
     out = torch.full((rows, columns), 7, dtype=dtype)
-    given = Scales.of(scales, tuple(scales.shape), block_rows=block[0], block_columns=block[1], skipped=start % block[0])
+    given = Scales(numbers=scales, block_rows=block[0], block_columns=block[1], skipped=start % block[0])
     decode(Codes(numbers=codes, values=tables.on_device(tables.e4m3(), CPU)), given, out, in_pieces)
     assert_same(out, wanted.to(dtype))
     assert bool(out.isnan().any())
@@ -109,8 +110,7 @@ def test_scales_of_every_kind(stored: torch.dtype) -> None:
     of_codes = values[nibbles(codes.numbers)]
     number, out = torch.tensor([0.37]), torch.empty(256, 16)
     for name, effective in {"": wide, "factor": wide * number, "divisor": wide / number}.items():
-        factor, divisor = (number if name == each else None for each in ("factor", "divisor"))
-        given = Scales.of(scales, (256, 1), block_columns=16, factor=factor, divisor=divisor)
+        given = Scales(numbers=scales[:, None], block_columns=16, factors=number if name else None, divided=name == "divisor")
         decode(codes, given, out, in_pieces)
         assert_same(out, of_codes * effective[:, None])
 
@@ -134,10 +134,9 @@ def test_other_devices_decode_the_same(dtype: torch.dtype, monkeypatch: pytest.M
     for place in (CPU, device):
         four = Codes(numbers=codes.to(place), values=tables.on_device(tables.E2M1, place))
         eight = Codes(numbers=fp8.to(place), values=tables.on_device(tables.e4m3(), place))
-        groups = Scales.of(
-            bytes_of_scales.view(torch.float8_e4m3fn).to(place), (9, 6), block_columns=16, factor=torch.tensor([0.3]).to(place)
-        )
-        grid = Scales.of(blocks.to(place), (4, 4), block_rows=3, block_columns=32, skipped=1)
+        of_groups = bytes_of_scales.view(torch.float8_e4m3fn).to(place)
+        groups = Scales(numbers=of_groups, block_columns=16, factors=torch.tensor([0.3]).to(place))
+        grid = Scales(numbers=blocks.to(place), block_rows=3, block_columns=32, skipped=1)
         outs = [torch.empty(shape, dtype=dtype).to(place) for shape in ((9, 96), (9, 100))]
         decode(four, groups, outs[0], in_pieces)
         decode(eight, grid, outs[1], in_pieces)
@@ -149,14 +148,14 @@ def test_other_devices_decode_the_same(dtype: torch.dtype, monkeypatch: pytest.M
 def test_vectors_are_for_four_bits_and_e4m3(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("flexgen.kernels.dequantize.lookup.has_vectors", lambda: True)
     for values, wanted in ((torch.randn(16), True), (tables.on_device(tables.e4m3(), CPU), True), (torch.randn(256), False)):
-        assert Codes(numbers=random_bytes(1, 1), values=values).in_vectors() is wanted
+        assert in_vectors(Codes(numbers=random_bytes(1, 1), values=values)) is wanted
 
 
 def test_threads_share_the_rows() -> None:
     codes, scales = random_bytes(500, 64), random_scales(500, 4)
     out, alone = torch.empty(500, 128, dtype=torch.bfloat16), torch.empty(500, 128, dtype=torch.bfloat16)
     four = Codes(numbers=codes, values=tables.on_device(tables.E2M1, CPU))
-    given = Scales.of(scales, (500, 4), block_columns=32)
+    given = Scales(numbers=scales, block_columns=32)
     with KernelThreads(3) as threads:
         decode(four, given, out, threads.over)
     decode(four, given, alone, in_pieces)
@@ -165,9 +164,26 @@ def test_threads_share_the_rows() -> None:
 
 def test_what_does_not_fit_is_refused() -> None:
     codes = Codes(numbers=random_bytes(4, 8), values=tables.on_device(tables.E2M1, CPU))
-    scales = Scales.of(random_scales(4, 1), (4, 1), block_columns=16)
+    scales = Scales(numbers=random_scales(4, 1), block_columns=16)
     for shape in ((4, 15), (5, 16), (4, 17)):
         with pytest.raises(EngineError, match="do not make"):
             decode(codes, scales, torch.empty(shape), in_pieces)
     with pytest.raises(EngineError, match="do not make"):
-        decode(codes, Scales.of(random_scales(4, 2), (4, 2), block_columns=16), torch.empty(4, 16), in_pieces)
+        decode(codes, Scales(numbers=random_scales(4, 2), block_columns=16), torch.empty(4, 16), in_pieces)
+
+
+@pytest.mark.parametrize("divided", [False, True])
+def test_several_matrices_each_with_a_factor(divided: bool) -> None:
+    """As if each were decoded by itself; or all with one factor."""
+    codes, scales, factors = random_bytes(3, 5, 16), random_scales(3, 5, 2), torch.tensor([0.3, -2.0, 7.1])
+    values = tables.on_device(tables.E2M1, CPU)
+    for of_each in (factors, factors[:1], None):
+        out, alone = torch.empty(3, 5, 32), torch.empty(5, 32)
+        decode(
+            Codes(numbers=codes, values=values), Scales(numbers=scales, block_columns=16, factors=of_each, divided=divided), out, in_pieces
+        )
+        for index in range(3):
+            factor = None if of_each is None else of_each[min(index, len(of_each) - 1)]
+            given = Scales(numbers=scales[index], block_columns=16, factors=factor, divided=divided)
+            decode(Codes(numbers=codes[index], values=values), given, alone, in_pieces)
+            assert_same(out[index], alone)

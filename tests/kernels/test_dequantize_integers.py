@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,16 +14,8 @@ from torch import Tensor
 from flexgen.devices.sim_tensor import register
 from flexgen.errors import EngineError
 from flexgen.kernels.dequantize.codes import AWQ_WORDS, CHUNK, GPTQ_ROWS
-from flexgen.kernels.dequantize.integers import (
-    AWQ_SHIFTS,
-    Groups,
-    Packing,
-    decode_awq,
-    decode_gptq,
-    decode_rows,
-    unpack_awq,
-    zero_points,
-)  # fmt: skip
+from flexgen.kernels.dequantize.groups import Groups, Packing, ZeroPoints, unpack_awq
+from flexgen.kernels.dequantize.integers import decode_awq, decode_gptq, decode_rows, zero_points
 from flexgen.kernels.threads import KernelThreads
 from tests.formats.layouts import awq_words, padded_words, stream_words
 
@@ -98,7 +91,7 @@ def test_any_shape(columns: int, group: int, bits: int, with_zeros: bool, padded
     blocks = torch.arange(skipped, skipped + rows) // block_rows
     scales = random_scales(int(blocks[-1]) + 1, -(-columns // group))
     zeros = random_codes(scales.shape[0], scales.shape[1], bits, seed=2).float() if with_zeros else None
-    given = Groups(scales=scales, zeros=zeros, zero=1, columns=group, block_rows=block_rows, skipped=skipped)
+    given = Groups(scales=scales, zeros=zeros, zero=int(not with_zeros), columns=group, block_rows=block_rows, skipped=skipped)
     out = torch.empty(rows, columns)
     decode_rows(words_of(codes, bits, padded=padded), Packing(bits=bits, padded=padded), given, out, in_pieces)
     meaning = torch.ones_like(scales) if zeros is None else zeros
@@ -106,10 +99,13 @@ def test_any_shape(columns: int, group: int, bits: int, with_zeros: bool, padded
 
 
 def test_signed_bytes() -> None:
+    """Alone, and with zero points that are signed bytes, too."""
     codes, scales = torch.arange(-128, 128, dtype=torch.int8).view(2, 128), random_scales(1, 4)
-    out = torch.empty(2, 128, dtype=torch.bfloat16)
-    decode_rows(codes, Packing(bits=8, signed=True), Groups(scales=scales, zero=128, columns=32, block_rows=2), out, in_pieces)
-    assert_same(out, (codes.float() * scales.repeat_interleave(32, dim=1)).bfloat16())
+    zeros, out = torch.tensor([[0, -3, 127, -128]], dtype=torch.int8), torch.empty(2, 128, dtype=torch.bfloat16)
+    for stored, zero in ((None, 0), (zeros, zeros.float().repeat_interleave(32, dim=1))):
+        given = Groups(scales=scales, zeros=stored, zero=128, columns=32, block_rows=2)
+        decode_rows(codes, Packing(bits=8, signed=True), given, out, in_pieces)
+        assert_same(out, ((codes.float() - zero) * scales.repeat_interleave(32, dim=1)).bfloat16())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -162,14 +158,15 @@ def test_zero_points_along_rows(bits: int, padded: bool, strided: bool, lacks: i
     words = words_of(zeros.t(), bits, padded=padded).t()
     wanted = ((zeros[3:] + lacks) % (1 << bits)).float()
     given = words if strided else words.contiguous()
-    assert_same(zero_points(given, packing, 67, in_pieces, first=3, lacks=lacks), wanted)
-    elsewhere = zero_points(given.to(register()), packing, 67, in_pieces, first=3, lacks=lacks)
-    assert_same(elsewhere.cpu(), wanted)
+    stored = ZeroPoints(words=given, packing=packing, rows=67, first=3, lacks=lacks)
+    assert_same(zero_points(stored, in_pieces), wanted)
+    assert_same(replace(stored, words=given.to(register())).unpacked().cpu(), wanted)
 
 
 def test_zero_points_of_awq() -> None:
     zeros = random_codes(5, 48, 4)
-    assert_same(zero_points(awq_words(zeros).t(), Packing(bits=4), 48, in_pieces, shifts=AWQ_SHIFTS), zeros.t().float())
+    stored = ZeroPoints(words=awq_words(zeros).t(), packing=Packing(bits=4), rows=48, interleaved=True)
+    assert_same(zero_points(stored, in_pieces), zeros.t().float())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

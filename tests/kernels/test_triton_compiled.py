@@ -9,23 +9,28 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-SCRIPT = Path(__file__).parent / "cross_compile.py"
-CASES = re.findall(r'^    "([\w-]+)": ', SCRIPT.read_text(encoding="utf-8"), re.MULTILINE)  # it imports Triton, which may not be there
+HERE = Path(__file__).parent
+ATTENTION, DECODING = HERE / "cross_compile.py", HERE / "cross_compile_decoding.py"
 SHARED_BYTES = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 120: 99 << 10}  # of a program, by compute capability
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed (the extra triton)")
 
 
-@pytest.mark.matrix(2, always=["decode-opt"])
-@pytest.mark.parametrize("case", CASES)
-def test_programs_fit_every_device(case: str, tmp_path: Path) -> None:
+def cases_of(script: Path) -> list[str]:
+    """The names of a script's cases; it imports Triton, which may not be there."""
+    return re.findall(r'^    "([\w-]+)": ', script.read_text(encoding="utf-8"), re.MULTILINE)
+
+
+def compiled(script: Path, case: str, cache: Path) -> list[dict[str, Any]]:
+    """What a case launches, compiled for every capability."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), case],
-        env=environment | {"TRITON_CACHE_DIR": str(tmp_path)},
+        [sys.executable, str(script), case],
+        env=environment | {"TRITON_CACHE_DIR": str(cache)},
         capture_output=True,
         text=True,
         check=False,
@@ -35,3 +40,19 @@ def test_programs_fit_every_device(case: str, tmp_path: Path) -> None:
     assert {each["capability"] for each in found} == set(SHARED_BYTES)
     for each in found:
         assert each["shared_bytes"] <= SHARED_BYTES[each["capability"]], each
+    return found
+
+
+@pytest.mark.matrix(2, always=["decode-opt"])
+@pytest.mark.parametrize("case", cases_of(ATTENTION))
+def test_programs_fit_every_device(case: str, tmp_path: Path) -> None:
+    compiled(ATTENTION, case, tmp_path)
+
+
+@pytest.mark.matrix(2, always=["mxfp4", "nf4-nested", "nvfp4-divided"])
+@pytest.mark.parametrize("case", cases_of(DECODING))
+def test_decoding_is_one_program_whose_operations_round_as_torchs_do(case: str, tmp_path: Path) -> None:
+    """No product and sum are fused, no subnormal number is flushed, divisions are rounded correctly."""
+    found = compiled(DECODING, case, tmp_path)
+    assert len(found) == len(SHARED_BYTES)
+    assert not any(each["fuses"] or each["flushes"] or each["divides_roughly"] for each in found), found

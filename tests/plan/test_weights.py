@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from flexgen.options import DTYPE_BYTES
 from flexgen.plan.model import UnitSpec
-from flexgen.plan.policy import DECODED_AT_ONCE, DECODING_BYTES, SCRATCH_UNITS, Fractions
+from flexgen.plan.policy import DECODED_AT_ONCE, DECODING_BYTES, DEVICE_SCRATCH_UNITS, SCRATCH_UNITS, Fractions
 from flexgen.plan.price.memory import scratch_bytes
 from flexgen.plan.price.weights import unit_homes, weight_bytes, weights_work
 from flexgen.plan.price.work import PassWork
@@ -110,6 +110,6 @@ def test_a_device_needs_temporary_tensors_while_it_decodes(make_spec):
     size = DTYPE_BYTES[make_spec().dtype]
     for each, numbers in ((unit, 4 * MB // size), (large, min(64 * MB // size, DECODED_AT_ONCE))):
         spec = make_spec(units=(each,))
-        assert scratch_bytes(spec, ("disk",), "cuda") == SCRATCH_UNITS * each.decoded_bytes + DECODING_BYTES * numbers
+        assert scratch_bytes(spec, ("disk",), "cuda") == DEVICE_SCRATCH_UNITS * each.decoded_bytes + DECODING_BYTES * numbers
         assert scratch_bytes(spec, ("device",), "cuda") == MB + DECODING_BYTES * numbers
         assert scratch_bytes(spec, ("disk",), "cpu") == SCRATCH_UNITS * each.decoded_bytes

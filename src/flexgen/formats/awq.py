@@ -37,16 +37,15 @@ class AWQMatrix(StoredMatrix):
     group_size: int
 
     def decode(self, parts: Sequence[torch.Tensor], start: int, out: torch.Tensor, parallel: Parallel = serially) -> None:
-        import torch
-
-        from flexgen.kernels.dequantize.integers import AWQ_SHIFTS, Groups, Packing, decode_awq, zero_points
+        from flexgen.kernels.dequantize.groups import Groups, Packing, ZeroPoints
+        from flexgen.kernels.dequantize.integers import decode_awq
 
         outputs, inputs = out.shape
-        scales = parts[1].view(-1, outputs).t().to(torch.float32)
         zeros = None
         if len(parts) > 2:
-            zeros = zero_points(parts[2].view(-1, outputs // _PER_WORD).t(), Packing(bits=4), outputs, parallel, shifts=AWQ_SHIFTS)
-        groups = Groups(scales=scales, zeros=zeros, zero=_MIDDLE, columns=self.group_size)
+            words = parts[2].view(-1, outputs // _PER_WORD).t()
+            zeros = ZeroPoints(words=words, packing=Packing(bits=_BITS), rows=outputs, interleaved=True)
+        groups = Groups(scales=parts[1].view(-1, outputs).t(), zeros=zeros, zero=_MIDDLE, columns=self.group_size)
         decode_awq(parts[0].view(inputs, -1), groups, out, parallel)
 
 

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 _STATE = ".quant_state.bitsandbytes__"
 _KINDS = ("nf4", "fp4")
 _MOST_BYTES = 1 << 16  # of a description, or of a table
-_ROW_BLOCKS = 64  # blocks that are decoded as a row, at most
 _BLOCK, _NESTED_BLOCK = 64, 256  # of what transformers writes
 _BLOCK_SIZES = (64, 128, 256, 512, 1024, 2048, 4096, 32)  # that bitsandbytes has kernels for, the usual ones first
 
@@ -140,38 +139,17 @@ class _FlatBlocks(NumberFormat):
         import torch
 
         from flexgen.kernels.dequantize import tables
-        from flexgen.kernels.dequantize.lookup import Codes, Scales, decode
+        from flexgen.kernels.dequantize.blocks import Codes, NestedScales
+        from flexgen.kernels.dequantize.lookup import decode_flat
 
-        blocks, codes = self._blocks, parts[0].view(torch.uint8)
-        scales = self._scales(parts, start * blocks.shape[1] // blocks.size)
-        values = tables.on_device(blocks.values, out.device)
-        flat = out.view(-1)
-        whole = len(flat) // blocks.size * blocks.size
-        if whole:
-            per_row = math.gcd(whole // blocks.size, _ROW_BLOCKS)
-            grid = whole // blocks.size // per_row, per_row
-            numbers = codes[: whole // 2].view(grid[0], -1)
-            given = Scales(numbers=scales[: whole // blocks.size].view(grid), values=None, block_columns=blocks.size)
-            decode(Codes(numbers=numbers, values=values, high_first=True), given, flat[:whole].view(grid[0], -1), parallel)
-        if rest := len(flat) - whole:  # the last block is short, and the half of its last byte may be unused
-            numbers = codes[whole // 2 :]
-            last = torch.empty(1, 2 * len(numbers), dtype=out.dtype, device=out.device)
-            given = Scales(numbers=scales[-1:].view(1, 1), values=None, block_columns=blocks.size)
-            decode(Codes(numbers=numbers[None], values=values, high_first=True), given, last, serially)
-            flat[whole:].copy_(last[0, :rest])
-
-    def _scales(self, parts: Sequence[torch.Tensor], first: int) -> torch.Tensor:
-        """Return the scales of blocks as float32; `first` is the index of the first of them."""
-        import torch
-
-        from flexgen.kernels.dequantize import tables
-
-        scales, blocks = parts[1], self._blocks
-        if not blocks.nested_size:
-            return scales.to(torch.float32)
-        values = tables.on_device(blocks.nested_values, scales.device).index_select(0, scales.to(torch.int32))
-        of = torch.arange(first, first + len(scales), device=scales.device) // blocks.nested_size
-        return values * parts[2].to(torch.float32)[of] + blocks.offset
+        blocks, scales = self._blocks, parts[1]
+        if blocks.nested_size:
+            scales = NestedScales(
+                codes=scales, values=tables.on_device(blocks.nested_values, out.device), scales=parts[2], size=blocks.nested_size,
+                first=start * blocks.shape[1] // blocks.size, offset=blocks.offset,
+            )  # fmt: skip
+        codes = Codes(numbers=parts[0].view(torch.uint8), values=tables.on_device(blocks.values, out.device), high_first=True)
+        decode_flat(codes, scales, blocks.size, out.view(-1), parallel)
 
 
 def _encoding(

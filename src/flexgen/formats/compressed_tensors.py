@@ -20,7 +20,7 @@ from flexgen.formats.scaled import sample, scaled
 if TYPE_CHECKING:
     import torch
 
-    from flexgen.kernels.dequantize.integers import Packing
+    from flexgen.kernels.dequantize.groups import Packing
 
 logger = logging.getLogger(__name__)
 
@@ -159,7 +159,7 @@ class _StoredModule:
         """Return how the codes are packed, and the number of columns."""
         import torch
 
-        from flexgen.kernels.dequantize.integers import Packing
+        from flexgen.kernels.dequantize.groups import Packing
 
         bits, codes = self._scheme.bits, self._codes
         if self._scheme.stored_as != PACKED:
@@ -188,7 +188,7 @@ class _StoredModule:
         """Return how zero points are packed along the rows."""
         import torch
 
-        from flexgen.kernels.dequantize.integers import Packing
+        from flexgen.kernels.dequantize.groups import Packing
 
         bits = self._scheme.bits
         for packing in (Packing(bits=bits), Packing(bits=bits, padded=32 % bits != 0)):
@@ -234,7 +234,7 @@ def _encoded(module: str, tensor: NamedTensor, scheme: Scheme) -> list[NamedTens
     """Return the tensors that are stored for the weight of a module."""
     import torch
 
-    from flexgen.kernels.dequantize.integers import Packing
+    from flexgen.kernels.dequantize.groups import Packing
 
     rows, columns = tensor.shape
     block_rows, block_columns = scheme.block_of((rows, columns))

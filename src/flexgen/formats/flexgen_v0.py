@@ -80,15 +80,10 @@ class FlexGenV0(NumberFormat):
         return found
 
     def decode(self, parts: Sequence[torch.Tensor], start: int, out: torch.Tensor, parallel: Parallel = serially) -> None:
-        columns = out.shape[1]
-        codes, ranges = parts[0].view(-1, columns), parts[1].view(-1, 2, columns)
-        row = 0
-        while row < len(out):  # by torch's own threads: a mode such as inference_mode holds for one thread only
-            group = (start + row) // GROUP
-            stop = min(len(out), (group + 1) * GROUP - start)
-            scale, low = ranges[group - start // GROUP].float()
-            out[row:stop] = _codes_of(codes, start, row, stop) / scale + low
-            row = stop
+        from flexgen.kernels.dequantize.choice import dequantize_kernels
+
+        columns = out.shape[1]  # on a CPU by torch's own threads: a mode such as inference_mode holds for one thread only
+        dequantize_kernels(out.device).ranges(parts[0].view(-1, columns), parts[1].view(-1, 2, columns), GROUP, start, out)
 
 
 def fits(shape: Sequence[int]) -> bool:
@@ -105,13 +100,3 @@ def encoded(tensor: NamedTensor) -> list[NamedTensor]:
         NamedTensor(tensor.name + CODES, (outputs // 2, inputs), torch.uint8),
         NamedTensor(tensor.name + RANGES, (-(-outputs // GROUP), 2, inputs), torch.float16),
     ]
-
-
-def _codes_of(codes: torch.Tensor, start: int, first: int, stop: int) -> torch.Tensor:
-    """Return the codes of rows [first, stop) after row `start` of the matrix, float32; `codes` begin with the pair of row `start`."""
-    import torch
-
-    skipped = start % 2  # the first byte of a range of rows may also hold the row before it
-    pairs = codes[(first + skipped) // 2 : (stop + skipped + 1) // 2]
-    both = torch.stack((pairs >> 4, pairs & 15), dim=1).view(-1, codes.shape[1])
-    return both[(first + skipped) % 2 :][: stop - first].float()

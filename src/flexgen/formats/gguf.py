@@ -41,14 +41,12 @@ class GGUFBlocks(NumberFormat):
         self.kind = kind
 
     def decode(self, parts: Sequence[torch.Tensor], start: int, out: torch.Tensor, parallel: Parallel = serially) -> None:
+        from flexgen.kernels.dequantize.gguf import decode_blocks
+
         (raw,) = parts
         num_blocks, rest = divmod(raw.numel(), self.kind.block_bytes)
         if rest or num_blocks * self.kind.block != out.numel():
             raise EngineError(f"{raw.numel()} bytes are not {out.numel()} numbers of {self.kind.name}")
-        if out.device.type == "cpu":
-            from flexgen.kernels.dequantize.gguf import decode_blocks
-        else:
-            from flexgen.kernels.dequantize.gguf_torch import decode_blocks
         decode_blocks(self.kind.name, raw, out, parallel)
 
 

@@ -70,17 +70,16 @@ class GPTQMatrix(StoredMatrix):
         return f"gptq_int{self.bits}"
 
     def decode(self, parts: Sequence[torch.Tensor], start: int, out: torch.Tensor, parallel: Parallel = serially) -> None:
-        import torch
-
-        from flexgen.kernels.dequantize.integers import Groups, Packing, decode_gptq, zero_points
+        from flexgen.kernels.dequantize.groups import Groups, Packing, ZeroPoints
+        from flexgen.kernels.dequantize.integers import decode_gptq
 
         outputs = len(out)
         scales = parts[1].view(-1, outputs)
         words = parts[2].view(len(scales), -1)
         # The largest code and one is 0 again, as AutoGPTQ computes it, since -1 was stored so.
-        zeros = zero_points(words.t(), Packing(bits=self.bits), outputs, parallel, lacks=self.zero_lacks)
+        zeros = ZeroPoints(words=words.t(), packing=Packing(bits=self.bits), rows=outputs, lacks=self.zero_lacks)
         groups = Groups(
-            scales=scales.t().to(torch.float32), zeros=zeros, columns=self.group_size,
+            scales=scales.t(), zeros=zeros, columns=self.group_size,
             order=_order(parts[3], self.group_size) if len(parts) > 3 else None,
         )  # fmt: skip
         decode_gptq(parts[0].view(-1, outputs), self.bits, groups, out, parallel)

@@ -12,7 +12,7 @@ from flexgen.formats.base import NumberFormat
 if TYPE_CHECKING:
     import torch
 
-    from flexgen.kernels.dequantize.integers import Packing
+    from flexgen.kernels.dequantize.groups import Packing, ZeroPoints
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,31 +69,32 @@ class IntegerRows(StoredMatrix):
     def decode(self, parts: Sequence[torch.Tensor], start: int, out: torch.Tensor, parallel: Parallel = serially) -> None:
         import torch
 
-        from flexgen.kernels.dequantize.integers import Groups, decode_rows
+        from flexgen.kernels.dequantize.groups import Groups
+        from flexgen.kernels.dequantize.integers import decode_rows
 
         rows, columns = out.shape
         shape, middle = self.blocks.shape(start, rows, columns), 1 << (self.packing.bits - 1)
         rest = list(parts[2:])
-        zeros = self._zeros(rest.pop(0), start, shape, parallel) if self.with_zeros else None
+        zeros = self._zeros(rest.pop(0), start, shape) if self.with_zeros else None
         groups = Groups(
-            scales=parts[1].view(shape).to(torch.float32), zeros=zeros, zero=middle, columns=self.blocks.columns,
+            scales=parts[1].view(shape), zeros=zeros, zero=middle, columns=self.blocks.columns,
             order=self._order(rest[0]) if self.with_order else None, block_rows=self.blocks.rows or start + rows,
             skipped=self.blocks.skipped(start),
         )  # fmt: skip
         codes = parts[0] if self.packing.signed else parts[0].view(torch.int32)
         decode_rows(codes.view(rows, -1), self.packing, groups, out, parallel)
 
-    def _zeros(self, stored: torch.Tensor, start: int, shape: tuple[int, int], parallel: Parallel) -> torch.Tensor:
-        """Return the codes that stand for zero, float32 of the shape of the scales."""
+    def _zeros(self, stored: torch.Tensor, start: int, shape: tuple[int, int]) -> torch.Tensor | ZeroPoints:
+        """Return the codes that stand for zero, packed, or what they are above the middle code, of the shape of the scales."""
         import torch
 
-        from flexgen.kernels.dequantize.integers import zero_points
+        from flexgen.kernels.dequantize.groups import ZeroPoints
 
         if (packing := self.zero_packing) is None:
-            return stored.view(shape).to(torch.float32) + (1 << (self.packing.bits - 1))
+            return stored.view(shape)
         words = stored.view(torch.int32).view(-1, shape[1])  # (words along the rows, groups)
         first = start if (zero_rows := rows_of_zeros(packing)) is None else start % zero_rows
-        return zero_points(words, packing, shape[0], parallel, first=first)
+        return ZeroPoints(words=words, packing=packing, rows=shape[0], first=first)
 
     def _order(self, stored: torch.Tensor) -> torch.Tensor:
         """Return the group of each column: -1 stands for groups of adjacent columns."""

@@ -79,7 +79,8 @@ class MXFP4(NumberFormat):
         import torch
 
         from flexgen.kernels.dequantize import tables
-        from flexgen.kernels.dequantize.lookup import Codes, Scales, decode
+        from flexgen.kernels.dequantize.blocks import Codes, Scales
+        from flexgen.kernels.dequantize.lookup import decode
 
         experts, inputs, outputs = out.shape
         if not out.mT.is_contiguous():
@@ -89,5 +90,5 @@ class MXFP4(NumberFormat):
             return
         blocks, scales = parts
         codes = Codes(numbers=blocks.view(experts * outputs, inputs // 2), values=tables.on_device(tables.E2M1, out.device))
-        given = Scales.of(scales, (experts * outputs, inputs // _GROUP), block_columns=_GROUP)
+        given = Scales(numbers=scales.view(experts * outputs, inputs // _GROUP), block_columns=_GROUP)
         decode(codes, given, out.mT.reshape(experts * outputs, inputs), parallel)

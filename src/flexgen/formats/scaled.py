@@ -39,25 +39,20 @@ class ScaledMatrices(NumberFormat):
         import torch
 
         from flexgen.kernels.dequantize import tables
-        from flexgen.kernels.dequantize.lookup import Codes, Scales, decode
+        from flexgen.kernels.dequantize.blocks import Codes, Scales
+        from flexgen.kernels.dequantize.lookup import decode
 
         values = tables.on_device(tables.E2M1 if self._bits == 4 else tables.e4m3(), out.device)
-        of_matrices = out.ndim == 3
-        matrices = out if of_matrices else out[None]
-        count, rows, columns = matrices.shape
-        codes = parts[0].view(torch.uint8).view(count, rows, -1)
+        *matrices, rows, columns = out.shape
         block_rows, block_columns = self._block
-        skipped = 0 if of_matrices else start % block_rows
+        skipped = 0 if matrices else start % block_rows
         grid = -(-(skipped + rows) // block_rows), -(-columns // block_columns)
-        scales = parts[1].view(count, *grid)
-        factors = parts[2].expand(count) if len(parts) > 2 else None
-        for index in range(count):
-            factor = None if factors is None else factors[index]
-            given = Scales.of(
-                scales[index], grid, block_rows=block_rows, block_columns=block_columns, skipped=skipped,
-                factor=None if self._divided else factor, divisor=factor if self._divided else None,
-            )  # fmt: skip
-            decode(Codes(numbers=codes[index], values=values), given, matrices[index], parallel)
+        scales = Scales(
+            numbers=parts[1].view(*matrices, *grid), block_rows=block_rows, block_columns=block_columns, skipped=skipped,
+            factors=parts[2] if len(parts) > 2 else None, divided=self._divided,
+        )  # fmt: skip
+        codes = Codes(numbers=parts[0].view(torch.uint8).view(*matrices, rows, -1), values=values)
+        decode(codes, scales, out, parallel)
 
 
 def sample(stored: NamedTensor, generator: torch.Generator) -> torch.Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 from collections.abc import Callable
 
@@ -10,10 +9,9 @@ import torch
 
 from flexgen.kernels.codes import HeadCodes, SealedPages
 from flexgen.kernels.reference import AttentionKernels
+from flexgen.kernels.triton_support import why_not_triton
 
 logger = logging.getLogger(__name__)
-
-LEAST_CAPABILITY = (8, 0)  # of a CUDA device; Triton does not compile for older ones
 
 
 def attention_kernels(device: torch.device, num_threads: int) -> AttentionKernels:
@@ -28,20 +26,9 @@ def _cpu_kernels(device: torch.device, num_threads: int) -> AttentionKernels:
     return CpuKernels(num_threads)
 
 
-def without_triton(device: torch.device) -> str | None:
-    """Return why a CUDA device has no kernels in Triton; None if it has."""
-    capability = torch.cuda.get_device_capability(device)
-    if capability < LEAST_CAPABILITY:
-        return "its compute capability is {}.{}, not 8.0 or more".format(*capability)
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed (pip install 'flexgen-engine[triton]')"
-    return None
-
-
 def _cuda_kernels(device: torch.device, num_threads: int) -> AttentionKernels:
     """Triton's kernels where Triton is installed and compiles for the device; elsewhere the reference."""
-    reason = without_triton(device)
-    if reason is not None:
+    if reason := why_not_triton(device):
         logger.info("attention on the device in plain torch operations: %s", reason)
         return AttentionKernels()
     from flexgen.kernels.triton.sealed_kernels import TritonKernels

@@ -8,8 +8,8 @@ from collections.abc import Callable
 
 import torch
 
-from flexgen.kernels.attention import without_triton
 from flexgen.kernels.grouped import GroupedKernels
+from flexgen.kernels.triton_support import why_not_triton
 
 logger = logging.getLogger(__name__)
 
@@ -23,8 +23,7 @@ def grouped_kernels(device: torch.device) -> GroupedKernels | None:
 
 def _cuda_kernels(device: torch.device) -> GroupedKernels | None:
     """Triton's kernels where Triton is installed and compiles for the device."""
-    reason = without_triton(device)
-    if reason is not None:
+    if reason := why_not_triton(device):
         logger.info("experts on the device one by one: %s", reason)
         return None
     from flexgen.kernels.triton.experts import TritonGroupedKernels

@@ -14,9 +14,10 @@ SPARSE_SCORES_BYTES = 4 * MIB  # scores that are sorted at a time where generate
 SPARSE_KV_BYTES = 16 * MIB  # keys and values that are held in float32 at a time where kernels in plain torch attend sparsely
 LEAST_KEPT = 64  # positions that a head keeps at least under sparse attention: four pages
 HOME_ALIGNMENT = 4096  # units in host memory beside a device take whole pages, from which the link copies them
-SCRATCH_UNITS = 3  # units that are open at a time and were decoded for that
-# A device decodes so many numbers at once by torch operations, whose temporary tensors take at most so many bytes for each: indices, values
-# and scales, in float32 or int32.
+# Units that are open at a time and were decoded for that: on a CPU, and on a device, which decodes a unit only when it computes with it.
+SCRATCH_UNITS, DEVICE_SCRATCH_UNITS = 3, 2
+# A device without kernels for it decodes so many numbers at once by torch operations, whose temporary tensors take at most so many bytes
+# for each: indices, values and scales, in float32 or int32.
 DECODED_AT_ONCE, DECODING_BYTES = 1 << 21, 20
 
 

@@ -21,7 +21,7 @@ from flexgen.devices.base import POISON, Device
 from flexgen.io.aligned import AlignedBuffer, allocate_memory
 from flexgen.io.direct_io import FileSet
 from flexgen.io.pool import IOPool
-from flexgen.plan.policy import HOME_ALIGNMENT, SCRATCH_UNITS
+from flexgen.plan.policy import DEVICE_SCRATCH_UNITS, HOME_ALIGNMENT, SCRATCH_UNITS
 from flexgen.weights.homes import allocate_homes
 from flexgen.weights.link import Arrival, DeviceLink, DiskLink, Link, LinkState, copy_in, read_unit
 from flexgen.weights.unit import DEVICE_ALIGNMENT, UnitForm, UnitLayout, UnitTensor
@@ -41,18 +41,19 @@ class ScratchPool:
 
     Args:
         size_bytes: The size of a piece.
+        pieces: The most pieces that there may be.
         allocate: A function that returns uint8 memory of a given size where computing happens.
     """
 
-    def __init__(self, size_bytes: int, allocate: Callable[[int], torch.Tensor]) -> None:
-        self._size_bytes, self._allocate = size_bytes, allocate
+    def __init__(self, size_bytes: int, pieces: int, allocate: Callable[[int], torch.Tensor]) -> None:
+        self._size_bytes, self._pieces, self._allocate = size_bytes, pieces, allocate
         self._free: list[torch.Tensor] = []
         self._num_taken = 0
 
     @property
     def has_room(self) -> bool:
         """Whether one more unit may be decoded, by the memory that is accounted for."""
-        return self._num_taken < SCRATCH_UNITS
+        return self._num_taken < self._pieces
 
     def take(self) -> torch.Tensor:
         self._num_taken += 1
@@ -112,7 +113,8 @@ class WeightStore:
         form = UnitForm.STORED if backend is None else UnitForm.CARRIED
         decoding = {index: size for index, layout in streamed.items() if (size := layout.to_decode_bytes(form))}
         self._decoded = frozenset(decoding)
-        self._scratch = ScratchPool(max(decoding.values(), default=0), self._allocate)
+        pieces = SCRATCH_UNITS if backend is None else DEVICE_SCRATCH_UNITS
+        self._scratch = ScratchPool(max(decoding.values(), default=0), pieces, self._allocate)
         self._landing: torch.Tensor | None = None  # where units arrive that the device decodes once
 
     def _at_home(self, *homes: str) -> list[UnitLayout]:
@@ -204,8 +206,8 @@ class WeightStore:
     def is_ready(self, unit: int) -> bool:
         """Return whether `unit` can be opened now without waiting (or is open).
 
-        No more than SCRATCH_UNITS are open that were decoded for that.  The micro-batch at the lowest unit never waits for another,
-        because all lower units are released.
+        No more than SCRATCH_UNITS (or DEVICE_SCRATCH_UNITS) are open that were decoded for that.  The micro-batch at the lowest unit never
+        waits for another, because all lower units are released.
         """
         if unit not in self._streamed or unit in self._open:
             return True
@@ -241,7 +243,7 @@ class WeightStore:
             self._binder.bind(unit, tensor.module, tensor.parameter, numbers)
         if self._recorder is not None and scratch is not None:
             self._recorder.slice(COMPUTE, f"decode unit {unit}", start, bytes=filled, modules=arrival.layout.name)
-        if self._backend is None and not any(tensor.is_view(arrival.form) for tensor in tensors):  # nothing refers to the slot any more
+        if not any(tensor.is_view(arrival.form) for tensor in tensors):  # nothing that is computed later refers to the slot
             self._give_back(arrival)
         self._open[unit] = arrival, scratch
 

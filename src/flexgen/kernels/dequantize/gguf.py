@@ -1,4 +1,4 @@
-"""The blocks of GGUF with 32 numbers, decoded by compiled loops; those with 256 stand in gguf_k.py.
+"""The blocks of GGUF with 32 numbers, decoded by compiled loops; those with 256 stand in gguf_k.py.  On a device its own kernels decode.
 
 The layouts are those of ggml (ggml-common.h), the arithmetic is that of `gguf.quants`, in float32 and in the same order, rounded once to
 the numbers that are written.
@@ -18,6 +18,7 @@ from flexgen.errors import EngineError
 from flexgen.hub.gguf_file import BY_NAME
 from flexgen.kernels.cpu.formats import carried, narrow
 from flexgen.kernels.cpu.rows import moved, pointer
+from flexgen.kernels.dequantize.choice import dequantize_kernels
 from flexgen.kernels.dequantize.gguf_k import K_KERNELS
 from flexgen.kernels.dequantize.loops import bits_as_float, byte, half, sixteen, sixteen_looked_up, small
 
@@ -31,15 +32,18 @@ def decode_blocks(name: str, raw: torch.Tensor, out: torch.Tensor, parallel: Par
 
     Args:
         name: The type.
-        raw: The blocks, uint8, contiguous, in host memory.
-        out: The numbers, contiguous, in host memory; they are written.
-        parallel: Runs a function over ranges of blocks.
+        raw: The blocks, uint8, contiguous.
+        out: The numbers, contiguous, on the same device; they are written.
+        parallel: Runs a function over ranges of blocks in host memory.
 
     Raises:
         EngineError: There is no such type.
     """
     if name not in KERNELS:
         raise EngineError(f"there are no blocks of type {name}; known are {', '.join(KERNELS)}")
+    if out.device.type != "cpu":
+        dequantize_kernels(out.device).gguf_blocks(name, raw, out)
+        return
     if out.dtype not in _WRITTEN:
         exact = torch.empty(out.shape, dtype=torch.float32)
         decode_blocks(name, raw, exact, parallel)

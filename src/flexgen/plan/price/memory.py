@@ -12,6 +12,7 @@ from flexgen.plan.model import ModelSpec, UnitSpec
 from flexgen.plan.policy import (
     DECODED_AT_ONCE,
     DECODING_BYTES,
+    DEVICE_SCRATCH_UNITS,
     INT8_SUMS_BYTES,
     SCORED_SLICE_BYTES,
     SCRATCH_UNITS,
@@ -158,7 +159,8 @@ def scratch_bytes(spec: ModelSpec, homes: Sequence[str], device: str) -> int:
     """Return the memory, where computing happens, that units are decoded into in every pass, or once: some of the largest ones.
 
     On a CPU these are the units that come from disk or are kept encoded; all others are decoded once, at the start. On a device they are
-    those that the device decodes; one that stays there arrives in the same memory.  Its operations need temporary tensors beside that.
+    those that the device decodes; one that stays there arrives in the same memory.  Where it has no kernels for that, its operations need
+    temporary tensors beside that.
     """
     if not has_device_tier(device):
         decoded = [unit.decoded_bytes for unit, home in _placed(spec, homes) if home in ("disk", "encoded") and needs_decode(unit)]
@@ -168,7 +170,7 @@ def scratch_bytes(spec: ModelSpec, homes: Sequence[str], device: str) -> int:
     arriving = max((unit.carried_bytes for unit, home in by_device if home == "device"), default=0)
     largest = max((unit.decoded_bytes for unit, _ in by_device), default=0)
     temporary = DECODING_BYTES * min(DECODED_AT_ONCE, largest // DTYPE_BYTES[spec.dtype])
-    return SCRATCH_UNITS * streamed + arriving + temporary
+    return DEVICE_SCRATCH_UNITS * streamed + arriving + temporary
 
 
 def staging_to_decode_bytes(spec: ModelSpec, homes: Sequence[str], device: str) -> int:
