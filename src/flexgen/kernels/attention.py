@@ -29,21 +29,29 @@ def _cpu_kernels(device: torch.device, num_threads: int) -> AttentionKernels:
 
 
 def _cuda_kernels(device: torch.device, num_threads: int) -> AttentionKernels:
-    """Triton's kernels where Triton is installed and compiles for the device; elsewhere the reference."""
+    """Triton's kernels where Triton is installed and compiles for the device; elsewhere torch's own operations."""
     capability = torch.cuda.get_device_capability(device)
     if capability < LEAST_CAPABILITY:
-        logger.info("attention on the device in plain torch operations: its compute capability is %d.%d, not 8.0 or more", *capability)
-        return AttentionKernels()
+        logger.info("attention on the device in torch's operations: its compute capability is %d.%d, not 8.0 or more", *capability)
+        return _gathered_kernels(device, num_threads)
     if importlib.util.find_spec("triton") is None:
-        logger.info("attention on the device in plain torch operations: Triton is not installed (pip install 'flexgen-engine[triton]')")
-        return AttentionKernels()
+        logger.info("attention on the device in torch's operations: Triton is not installed (pip install 'flexgen-engine[triton]')")
+        return _gathered_kernels(device, num_threads)
     from flexgen.kernels.triton.sealed_kernels import TritonKernels
 
     logger.info("attention on the device in Triton's kernels")
     return TritonKernels()
 
 
-KERNELS: dict[str, Callable[[torch.device, int], AttentionKernels]] = {"cpu": _cpu_kernels, "cuda": _cuda_kernels}
+def _gathered_kernels(device: torch.device, num_threads: int) -> AttentionKernels:
+    from flexgen.kernels.gathered import GatheredKernels
+
+    return GatheredKernels()
+
+
+KERNELS: dict[str, Callable[[torch.device, int], AttentionKernels]] = {
+    "cpu": _cpu_kernels, "cuda": _cuda_kernels, "sim": _gathered_kernels,
+}  # fmt: skip
 
 
 def warm_up(kernels: AttentionKernels, dtype: torch.dtype) -> None:

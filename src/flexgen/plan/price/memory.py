@@ -10,6 +10,8 @@ from flexgen.options import DTYPE_BYTES
 from flexgen.plan.machine import Limits, has_device_tier
 from flexgen.plan.model import ModelSpec, UnitSpec
 from flexgen.plan.policy import (
+    ATTENTION_BYTES,
+    ATTENTION_COPIES,
     DECODED_AT_ONCE,
     DECODING_BYTES,
     INT8_SUMS_BYTES,
@@ -106,7 +108,8 @@ def allowance_bytes(limits: Limits) -> int:
 def activation_bytes(spec: ModelSpec, sizes: JobSizes, policy: Policy, max_num_seqs: int | None = None) -> int:
     """Return the bytes of activations in the worst case: every micro-batch of the largest pass suspended inside an MLP, and one computing.
 
-    They include the logits, the scores, and the copies that attention makes: q, k, v and the result, and the KV of the longest sequence.
+    They include the logits, the scores, and the copies that attention makes: q, k, v and the result, the KV of the longest sequence, and on
+    a device its temporary tensors.
 
     Args:
         spec: The model.
@@ -131,6 +134,8 @@ def activation_bytes(spec: ModelSpec, sizes: JobSizes, policy: Policy, max_num_s
     logits = most * spec.vocab_size * 4 * 2 * sizes.has_answers
     decoded = 2 if spec.kv_format is None else 4  # prompts attend to their own pages as these are stored, too
     attention = 4 * max(running, longest_prompt) * hidden * size + decoded * sizes.layer + _sparse_bytes(spec, sizes, size)
+    if has_device_tier(policy.device):
+        attention += min(ATTENTION_BYTES, ATTENTION_COPIES * max(most, 1) * sizes.layer)
     return int(FRAGMENTATION * (suspended + computing + logits + attention + _scoring_bytes(spec, sizes, policy, most)))
 
 
