@@ -7,7 +7,7 @@ from flexgen.base.quantities import GIB
 from flexgen.errors import OptionError
 from flexgen.options import EngineOptions
 from flexgen.plan.known.machines import MACHINES, beside_checkpoint, find_machine, limits_of
-from flexgen.plan.machine import Rate, read_machine
+from flexgen.plan.machine import CUDA_BYTES, Rate, read_machine
 
 
 @pytest.mark.parametrize("name", MACHINES)
@@ -83,6 +83,15 @@ def test_budgets_of_a_machine_that_is_not_this_one(make_machine):
         limits_of(machine, EngineOptions(device="cpu"))
     with pytest.raises(OptionError, match="has no device tier"):
         limits_of(make_machine(), EngineOptions(device_mem="1GiB"))
+
+
+def test_cuda_takes_its_part_of_a_device(make_machine):
+    machine = make_machine(device="cuda", device_bytes=16 * GIB)
+    limits = limits_of(machine, EngineOptions(device_mem="4GiB"))
+    assert (limits.device_bytes, limits.device_overhead_bytes) == (4 * GIB, CUDA_BYTES)
+    assert limits_of(make_machine(), EngineOptions()).device_overhead_bytes == 0
+    with pytest.raises(OptionError, match=r"device_mem='300MiB' \(300.0 MiB\) has no room for a model: CUDA's context and libraries alone"):
+        limits_of(machine, EngineOptions(device_mem="300MiB"))
 
 
 def test_a_checkpoint_takes_its_part_of_the_disk():

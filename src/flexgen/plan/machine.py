@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from flexgen.base.from_json import Positive, dataclass_from_json, needed, parsed_json
+from flexgen.base.quantities import MIB, format_size
 from flexgen.errors import OptionError
 from flexgen.options import DEVICES
 
 FEW_CORES = 4
 # The shares of memory and of free disk that a plan may use where the options give no budget.
 HOST_SHARE, DEVICE_SHARE, DISK_SHARE = 0.8, 0.9, 0.8
+CUDA_BYTES = 512 * MIB  # of a CUDA device: its context and libraries in a process, where they were not measured
 _INT8, _SPARSE = " int8", " sparse "
 NOT_A_MACHINE = "this is not the description of a machine"  # how messages begin
 
@@ -48,6 +50,15 @@ def rounded_from(name: str) -> str | None:
 Cores = Annotated[int, needed(bool, "more than 0 is needed")]
 ORIGINS = ("measured", "datasheet", "paper")
 _DEVICES = tuple(name for name in DEVICES if name != "auto")
+
+
+def too_little_for_cuda(device_mem: str | None, budget_bytes: int, overhead_bytes: int) -> str:
+    """Return the message for a budget of device memory that has no room beside CUDA's context and libraries."""
+    asked = "the device's free memory" if device_mem is None else f"device_mem={device_mem!r}"
+    return (
+        f"{asked} ({format_size(budget_bytes)}) has no room for a model: CUDA's context and libraries alone take "
+        f"{format_size(overhead_bytes)}: {'free some memory of the device' if device_mem is None else 'raise device_mem'}"
+    )
 
 
 def has_device_tier(device: str) -> bool:
@@ -235,12 +246,13 @@ class Limits:
         host_source: Where that budget comes from, for people.
         host_total_bytes: The hard limit above it (physical memory, a control group, an rlimit).
         host_total_source: Where the hard limit comes from, for people.
-        device_bytes: The budget of device memory; 0 on a CPU device.
+        device_bytes: The budget of device memory for the whole process, context and libraries included; 0 on a CPU device.
         device_total_bytes: The memory that the device has; 0 on a CPU device.
         disk_bytes: The budget for spilled KV on the offload folder's file system.
         disk_total_bytes: The size of that file system.
         offload_dir: The folder in which a fresh offload folder is made.
         offload_in_memory: Whether that folder lies on a memory file system: its bytes then count as host bytes.
+        device_overhead_bytes: Of the budget of device memory, what a CUDA context and its libraries take; 0 on other devices.
     """
 
     device: str
@@ -254,3 +266,4 @@ class Limits:
     disk_total_bytes: int
     offload_dir: str
     offload_in_memory: bool
+    device_overhead_bytes: int = 0

@@ -40,8 +40,8 @@ SORTED_COPIES = 10
 # What is kept of a scored position until its pass is over, and of each of the likeliest tokens beside it: float64 and int64 in tensors,
 # then Python's numbers.
 SCORE_BYTES, LIKELIEST_BYTES = 256, 128
-# The part of host memory for weights that are kept as stored.
-ENCODED = "encoded weights"
+# The part of host memory for weights that are kept as stored, and that of device memory which belongs to no tensor.
+ENCODED, CUDA = "encoded weights", "CUDA context and libraries"
 
 
 def footprint(policy: Policy, spec: ModelSpec, limits: Limits, *, process_bytes: int) -> dict[str, dict[str, int]]:
@@ -85,7 +85,8 @@ def reserved(
         host |= computing
     else:
         host["decoding"] = decoding_bytes
-        tiers["device"] = {**computing, "weights": held["device"], "weight staging": policy.device_ring_bytes, "KV": policy.kv_device_bytes}
+        device = {CUDA: limits.device_overhead_bytes, **computing, "weights": held["device"]}
+        tiers["device"] = device | {"weight staging": policy.device_ring_bytes, "KV": policy.kv_device_bytes}
     if limits.offload_in_memory:
         host["KV in a memory file system"] = policy.kv_disk_bytes
     elif policy.kv_disk_bytes:

@@ -23,7 +23,17 @@ from flexgen.base.quantities import format_size, parse_size
 from flexgen.errors import OptionError
 from flexgen.options import EngineOptions
 from flexgen.plan.known.box import box_of, is_box
-from flexgen.plan.machine import DEVICE_SHARE, DISK_SHARE, HOST_SHARE, NOT_A_MACHINE, Limits, Machine, machine_of
+from flexgen.plan.machine import (
+    CUDA_BYTES,
+    DEVICE_SHARE,
+    DISK_SHARE,
+    HOST_SHARE,
+    NOT_A_MACHINE,
+    Limits,
+    Machine,
+    machine_of,
+    too_little_for_cuda,
+)
 
 MACHINES = ("t4-gcp", "16gb-gpu-64gb", "rtx3090-64gb", "rtx4090-64gb", "rtx5090-128gb", "a100-80gb-512gb", "h100-80gb-512gb")
 
@@ -64,18 +74,23 @@ def limits_of(machine: Machine, options: EngineOptions) -> Limits:
     if options.device_mem is not None and not machine.device_bytes:
         raise OptionError(f"device_mem={options.device_mem!r}: machine {machine.name!r} has no device tier")
     host = _granted("host_mem", options.host_mem, machine.host_bytes, HOST_SHARE)
+    device = _granted("device_mem", options.device_mem, machine.device_bytes, DEVICE_SHARE)
+    overhead = CUDA_BYTES if machine.device == "cuda" else 0
+    if 0 < overhead >= device:
+        raise OptionError(too_little_for_cuda(options.device_mem, device, overhead))
     return Limits(
         device=machine.device,
         host_bytes=host,
         host_source=f"host_mem={options.host_mem!r}" if options.host_mem else f"{HOST_SHARE:.0%} of what {machine.name} has",
         host_total_bytes=machine.host_bytes,
         host_total_source=machine.name,
-        device_bytes=_granted("device_mem", options.device_mem, machine.device_bytes, DEVICE_SHARE),
+        device_bytes=device,
         device_total_bytes=machine.device_bytes,
         disk_bytes=_granted("disk", options.disk, machine.disk_bytes, DISK_SHARE),
         disk_total_bytes=machine.disk_bytes,
         offload_dir="",
         offload_in_memory=False,
+        device_overhead_bytes=overhead,
     )
 
 
