@@ -29,7 +29,7 @@ KIB = 1024
 
 def limit(monkeypatch: pytest.MonkeyPatch, size_bytes: int) -> None:
     """Let temporary tensors take so many bytes."""
-    for module in ("gathered_pages", "padded", "dense"):
+    for module in ("gathered_pages", "padded_buffers", "dense"):
         monkeypatch.setattr(f"flexgen.kernels.{module}.ATTENTION_BYTES", size_bytes)
 
 

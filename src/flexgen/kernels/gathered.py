@@ -13,7 +13,7 @@ from torch import Tensor
 from flexgen.kernels.checks import check_latent_queries, check_prompt, check_queries, check_sealed_queries, check_shapes, check_stored_part
 from flexgen.kernels.codes import Rotations, SealedPages
 from flexgen.kernels.gathered_pages import PagesToGather, attend_to_pages, cleared, sealed_reader, temporary_bytes, visible_in
-from flexgen.kernels.padded import Part, attend_rows, query_tiles
+from flexgen.kernels.padded_buffers import Part, attend_rows, query_tiles
 from flexgen.kernels.reference import AttentionKernels
 
 

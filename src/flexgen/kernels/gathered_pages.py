@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flexgen.kernels.codes import SealedPages, unsealed
-from flexgen.kernels.padded import Part, attend_at_once, attend_in_parts
+from flexgen.kernels.padded_buffers import Part, attend_at_once, attend_in_parts
 from flexgen.plan.policy import ATTENTION_BYTES
 
 ReadPages = Callable[[slice, slice, slice], Part]  # ranges of sequences, of key heads and of columns of the page tables

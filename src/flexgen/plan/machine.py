@@ -6,7 +6,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 from flexgen.base.from_json import Positive, dataclass_from_json, needed, parsed_json
 from flexgen.base.quantities import MIB, format_size
@@ -103,6 +103,7 @@ class Overheads:
         per_unit: Seconds for each unit that streams in a pass.
         per_layer_and_micro_batch: Seconds of the modules' own code and of switching, for each layer and micro-batch.
         per_gathered_row: Seconds for each row of an embedding that is not resident.
+        per_operation: Seconds of the host to launch an operation on a device; 0 where that is not known. It is part of the others.
     """
 
     per_pass: float
@@ -110,6 +111,7 @@ class Overheads:
     per_unit: float
     per_layer_and_micro_batch: float
     per_gathered_row: float
+    per_operation: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,8 +146,8 @@ class Machine:
         disk_write: Bytes/s written to it, without the page cache.
         disk_core_seconds_per_byte: The processor time of reading a byte.
         disk_request: The additional cost of each small read or write.
-        disk_slowdown: How many times longer reading takes while a CPU device computes.
-        compute_slowdown: How many times longer a CPU device computes while the disk is read.
+        disk_slowdown: How many times longer reading takes while the host computes: all there is on a CPU device, attention beside another.
+        compute_slowdown: How many times longer that takes while the disk is read.
         host_memory: Bytes/s of plain reads by all cores.
         host_to_device: Bytes/s of the link to the device; None where there is no separate device.
         device_to_host: Bytes/s of the link back; None where there is no separate device.
@@ -159,6 +161,11 @@ class Machine:
         casts: By stored dtype or format and computed dtype ("float16 bfloat16", "mxfp4 bfloat16"), bytes/s that a decode stage yields; for
             rounding numbers of a dtype see `int8_name`.
         overheads: Seconds that do not depend on how many bytes are moved or FLOPs computed.
+        duplex_slowdown: How many times longer a copy in one direction of a link takes beside copies in the other.
+        link_slowdown: How many times longer copies to a device take while the host attends.
+        host_slowdown: How many times longer the host attends while copies go to a device.
+        device_casts: What `casts` is of the host, of a device that decodes units itself.
+        source: Where the figures of a datasheet or paper stand, for people.
     """
 
     name: str
@@ -186,6 +193,11 @@ class Machine:
     overheads: Overheads
     versions: dict[str, str] = dataclasses.field(default_factory=dict[str, str])
     busy_cores: float = 0.0
+    duplex_slowdown: Positive = 1.0
+    link_slowdown: Positive = 1.0
+    host_slowdown: Positive = 1.0
+    device_casts: dict[str, Rate] = dataclasses.field(default_factory=dict[str, Rate])
+    source: str = ""
 
     @property
     def io_threads(self) -> int:
@@ -218,6 +230,10 @@ class Machine:
         return json.dumps(dataclasses.asdict(self), indent=2)
 
 
+# What descriptions of machines need not have.
+_ADDED: dict[str, Any] = {"duplex_slowdown": 1.0, "link_slowdown": 1.0, "host_slowdown": 1.0, "device_casts": {}, "source": ""}
+
+
 def read_machine(text: str) -> Machine:
     """Return the machine that a JSON text describes.
 
@@ -233,6 +249,10 @@ def machine_of(fields: Any) -> Machine:
     Raises:
         OptionError: A key is unknown or missing, a value is impossible (the message names both), or the value is not a JSON object.
     """
+    if isinstance(fields, dict):
+        fields = _ADDED | cast(dict[str, Any], fields)
+        if isinstance(costs := fields.get("overheads"), dict):
+            fields["overheads"] = {"per_operation": 0.0} | cast(dict[str, Any], costs)
     return dataclass_from_json(Machine, fields, NOT_A_MACHINE)
 
 

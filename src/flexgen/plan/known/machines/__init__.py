@@ -8,7 +8,9 @@ The JSON files beside this one are read as a user's are: that of the t4-gcp has 
   TFLOP/s for products in prefill, 9.97 for batched ones, and 12.3 GFLOP/s on the host, which is 12.3 GB/s of KV (OPT has one query per
   key).
 * The others are desktops and servers with one NVIDIA GPU and a PCIe 4 disk of 2 TB: dense tensor FLOP/s with float32 sums, memory and link
-  rates as NVIDIA prints them. 16gb-gpu-64gb has an RTX 4060 Ti 16 GB on PCIe 4 x8.
+  rates in one direction as NVIDIA prints them. `source` says where, and which link; of its printed rate 85 % are expected. 16gb-gpu-64gb
+  has an RTX 4060 Ti 16 GB.
+* GPUs before compute capability 8.0 have no rates for bfloat16.
 """
 
 from __future__ import annotations
@@ -35,7 +37,10 @@ from flexgen.plan.machine import (
     too_little_for_cuda,
 )
 
-MACHINES = ("t4-gcp", "16gb-gpu-64gb", "rtx3090-64gb", "rtx4090-64gb", "rtx5090-128gb", "a100-80gb-512gb", "h100-80gb-512gb")
+MACHINES = (
+    "t4-gcp", "t4-64gb", "l4-64gb", "a10g-64gb", "16gb-gpu-64gb", "rtx3060-12gb-32gb", "rtx3090-64gb", "rtx4090-64gb", "rtx5090-128gb",
+    "a100-80gb-512gb", "h100-80gb-512gb",
+)  # fmt: skip
 
 
 def find_machine(name: str) -> Machine:
