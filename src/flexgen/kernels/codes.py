@@ -229,5 +229,5 @@ class Rotations:
         wide, dim = torch.promote_types(numbers.dtype, torch.float32), numbers.shape[-1]
         key = dim, numbers.device, wide
         if key not in self._matrices:
-            self._matrices[key] = rotated(torch.eye(dim, dtype=wide, device=numbers.device))
+            self._matrices[key] = rotated(torch.eye(dim, dtype=wide)).to(numbers.device)
         return numbers.to(wide) @ self._matrices[key]
