@@ -130,10 +130,10 @@ def test_a_cuda_machine_is_measured_beside_its_link(tmp_path: Path, monkeypatch:
 
 
 def test_a_device_computes_more_rows_and_is_waited_for_seldom() -> None:
-    curve = dense_rates(NOWHERE, torch.bfloat16, 1 << 40, 0.001)
+    curve = dense_rates(NOWHERE, torch.bfloat16, 1 << 40, 0.5)
     assert [rows for rows, _ in curve] == [float(rows) for rows in (*DENSE_ROWS, *DEVICE_ROWS)]
     assert max(DEVICE_ROWS) == 16_384
-    assert [rows for rows, _ in dense_rates(NOWHERE, torch.bfloat16, 3 << 28, 0.001)][-1] == 8192.0, "as many as fit"
+    assert [rows for rows, _ in dense_rates(NOWHERE, torch.bfloat16, 1 << 29, 0.5)][-1] == 8192.0, "as many as fit"
     for where, rows, calls in ((NOWHERE, 16, QUEUED), (NOWHERE, 16_384, 1), (torch.device("cpu"), 16, 1)):
         made: list[int] = []
         run, number = queued(lambda made=made: made.append(1) or torch.empty(0), where, rows)
