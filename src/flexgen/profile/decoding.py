@@ -42,8 +42,9 @@ def with_formats(machine: Machine, dtype: str, formats: Iterable[str], max_bytes
     if on_host:
         step(f"measuring how fast {', '.join(on_host)} is decoded")
     with torch.inference_mode(), contextlib.closing(KernelThreads(machine.cores)) as threads:
-        casts = _rates(on_host, dtype, max_bytes, lambda *stored: _rate(*stored, computed, threads))
-        there = _rates(on_device, dtype, max_bytes, lambda *stored: device_rate(*stored, computed, torch.device("cuda")))
+        casts = _rates(on_host, dtype, max_bytes, lambda number_format, encoding: _rate(number_format, encoding, computed, threads))
+        cuda = torch.device("cuda")
+        there = _rates(on_device, dtype, max_bytes, lambda number_format, encoding: device_rate(number_format, encoding, computed, cuda))
     if not casts and not there:
         return machine
     return dataclasses.replace(machine, casts=machine.casts | casts, device_casts=machine.device_casts | there)
