@@ -56,7 +56,7 @@ class EngineOptions:
     Attributes:
         device: Device that computes matrix products; "sim" is a strict simulation of an accelerator on the CPU, for tests.
         dtype: Dtype of computing and of the KV cache; "auto" is that of the checkpoint, but never float16 on a CPU.
-        device_mem: Hard budget of device memory; None for 90 % of the memory that is free on a GPU.
+        device_mem: Hard budget of the process on the device, CUDA itself included; None for 90 % of the memory that is free on a GPU.
         host_mem: Hard budget of host memory for the whole process; None for 80 % of the memory that is free now.
         disk: Hard budget of disk space; None for 80 % of the space that is free.
         offload_dir: Folder for spilled KV; None for a new folder in the system's temporary folder.

@@ -31,7 +31,7 @@ def test_a_plan_in_words() -> None:
     done = flexgen("plan", "opt-30b", "--machine", "t4-gcp", "--prompt-len", 512, "--gen-len", 32, "--num-requests", 300)
     assert done.exit_code == 0, done.output
     for part in (
-        "facebook/opt-30b on t4-gcp (by the rates of the FlexGen paper)",
+        "facebook/opt-30b on t4-gcp (by the rates of the FlexGen paper: Sheng et al. 2023, ",
         "tokens/s",
         "(the bottleneck",
         "9,600 output tokens",
@@ -88,6 +88,17 @@ def test_shorter_requests_and_what_they_cost() -> None:
 def test_what_fits_the_device_is_said() -> None:
     fits = flexgen("plan", "opt-125m", "--machine", "rtx4090-64gb", "--num-requests", 20)
     assert "an engine made for that (vLLM, SGLang) will be faster" in fits.stdout
+
+
+def test_a_machine_without_bfloat16_computes_in_float16() -> None:
+    job = ("plan", "llama-3-8b", "--machine", "t4-gcp", "--num-requests", 50, *QUICK)
+    auto = flexgen(*job)
+    assert "plan: cuda, float16," in auto.stdout
+    assert "t4-gcp has no units for bfloat16" in auto.stderr
+    assert auto.stderr.count("bfloat16") == 2, "once"
+    asked = flexgen(*job, "--dtype", "bfloat16")
+    assert "has no rates for bfloat16 (known: float16, float32)" in asked.stderr
+    assert "bfloat16" not in flexgen("plan", "opt-6.7b", *job[2:]).stderr
 
 
 def test_what_a_narrower_dtype_would_gain_is_said_where_it_is_much() -> None:
@@ -292,7 +303,7 @@ def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[Any,
     """What was measured, without measuring; what is kept goes to a home of its own."""
     calls: list[tuple[Any, ...]] = []
 
-    def measure(device: str, dtypes: tuple[str, ...], folder: Path, *, quick: bool, max_bytes: int = 0) -> Machine:
+    def measure(device: str, dtypes: tuple[str, ...], folder: Path, *, quick: bool, **_: int) -> Machine:
         calls.append((device, tuple(dtypes), folder, quick))
         return machine_of(device=device, dense={dtype: [(64, 5e11)] for dtype in dtypes}, busy_cores=1.5)
 

@@ -87,5 +87,32 @@ def test_without_a_runtime_memory_is_not_pinned(
     assert not runtime.registered
 
 
+class FakeMemory:
+    """The memory of the process, and what it was limited to."""
+
+    def __init__(self) -> None:
+        self.limits = list[int | None]()
+
+    def limit(self, process_bytes: int) -> None:
+        self.limits.append(process_bytes)
+
+    def lift_limit(self) -> None:
+        self.limits.append(None)
+
+    def peak_bytes(self) -> int:
+        return 77
+
+
+def test_the_limit_of_the_process_lasts_as_long_as_the_device(runtime: FakeRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = FakeMemory()
+    monkeypatch.setattr(cuda, "cuda_memory", lambda: memory)
+    device = CudaDevice(1 << 30)
+    assert device.peak_bytes() == device.used_bytes == 0
+    device.limit(2 << 30)
+    assert device.peak_bytes() == 77
+    device.close()
+    assert memory.limits == [2 << 30, None]
+
+
 def test_the_cpu_has_no_device_of_its_own() -> None:
     assert open_device("cpu", 0) is None

@@ -15,6 +15,7 @@ from flexgen.kernels.cpu import CpuKernels
 from flexgen.kernels.dequantize.choice import dequantize_kernels
 from flexgen.kernels.dequantize.reference import DequantizeKernels
 from flexgen.kernels.experts import grouped_kernels
+from flexgen.kernels.gathered import GatheredKernels
 from flexgen.kernels.reference import AttentionKernels
 
 
@@ -38,13 +39,13 @@ def test_numba_is_imported_only_where_it_computes() -> None:
         ((12, 0), False, "flexgen-engine[triton]"),
     ],
 )
-def test_cuda_devices_without_kernels_have_the_reference_and_a_reason(
+def test_cuda_devices_without_kernels_gather_pages_and_say_why(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, capability: tuple[int, int], installed: bool, reason: str
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if installed else None)
     with caplog.at_level(logging.INFO, "flexgen"), attention_kernels(torch.device("cuda", 0), 2) as kernels:
-        assert type(kernels) is AttentionKernels
+        assert type(kernels) is GatheredKernels
         assert type(dequantize_kernels.__wrapped__(torch.device("cuda", 0))) is DequantizeKernels  # without what is kept for each device
         assert grouped_kernels.__wrapped__(torch.device("cuda", 0)) is None
     assert [record.name for record in caplog.records if reason in record.message] == [

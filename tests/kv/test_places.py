@@ -9,6 +9,7 @@ import errno
 import os
 import random
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ import torch
 from flexgen.devices.sim import SimulatedDevice
 from flexgen.errors import StorageError
 from flexgen.io.pool import IOPool
+from flexgen.kernels.gathered import GatheredKernels
 from flexgen.kernels.reference import AttentionKernels
 from flexgen.kv.cache import KVCache, SequenceKV
 from flexgen.kv.disk import DiskPlace
@@ -28,6 +30,7 @@ from flexgen.kv.host import HostAttention, HostPlace
 from flexgen.kv.local import LocalPlace
 from flexgen.kv.pages import KVGroup, PagePool, group_layers, layer_index
 from flexgen.kv.place import View
+from flexgen.kv.plan import KVPlan
 from flexgen.kv.spill import DiskPool
 from flexgen.passes.calls import AttentionCall, LatentProjection
 from flexgen.passes.geometry import KVGeometry, LayerKV
@@ -231,6 +234,13 @@ def open_local_in_pages(folder: Path, groups: Groups = GROUPS) -> Bench:
     return Bench(LocalPlace(pool, InPages(), CPU), KVCache(groups, {"host": pool}), "host")
 
 
+def open_gathered(folder: Path, groups: Groups = GROUPS) -> Bench:
+    device = SimulatedDevice(1 << 22, max_delay_seconds=0.0001)
+    pool = PagePool(groups, [NUM_PAGES] * len(groups), device.allocate)
+    place = LocalPlace(pool, GatheredKernels(), device.device)
+    return Bench(place, KVCache(groups, {"device": pool}), "device", [device.close], device=device.device)
+
+
 def host_attention(groups: Groups, device: SimulatedDevice | None) -> HostAttention:
     return HostAttention(groups, AttentionKernels(), AttentionKernels(), device, nothing, "flexgen-test-attention")
 
@@ -267,6 +277,7 @@ def open_disk_with_few_tails(folder: Path, groups: Groups = GROUPS) -> Bench:
 PLACES = {
     "local": open_local,
     "local in pages": open_local_in_pages,
+    "gathered on a device": open_gathered,
     "host": open_host,
     "disk": open_disk,
     "disk with tails": open_disk_with_tails,
@@ -340,6 +351,46 @@ def test_prompts_are_attended_to_in_their_pages(tmp_path: Path) -> None:
     assert calls[with_keys:] == [5] * with_keys
     bench.run_pass([(each, each.stored, 1) for each in conversations], random.Random(0))
     assert len(calls) == 2 * with_keys, "next tokens alone"
+
+
+def test_next_tokens_count_from_the_first_page_that_they_see() -> None:
+    """So tables are as short as windows are, and pages reserved ahead are not among them."""
+    plan = KVPlan(GROUPS, [Slice(sequence=0, token_ids=(1,), start=21, prompt_len=9, total=22, tables=(tuple(range(9)),) * 6)], CPU)
+    place = {(group.geometry.window, group.geometry.chunk): index for index, group in enumerate(GROUPS)}
+    for (window, chunk), known in {
+        (None, None): (list(range(6)), 0, 22),
+        (7, None): ([3, 4, 5], 3, 10),
+        (None, 6): ([4, 5], 2, 6),
+        (1, None): ([5], 1, 2),
+    }.items():
+        steps = plan.groups[place[window, chunk]].steps[0].steps
+        assert (steps.tables[0].tolist(), int(steps.starts), int(steps.lengths)) == known
+
+
+def test_one_past_is_held_at_a_time(tmp_path: Path) -> None:
+    """Of prompts that go on, where KV is beside the computing."""
+    held: list[int] = []
+
+    class Watched(AttentionKernels):
+        def gather_kv(self, *where: Any) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+            found = AttentionKernels.gather_kv(*where)
+            alive.append(weakref.ref(found[0]))
+            held.append(sum(each() is not None for each in alive))
+            return found
+
+    alive: list[weakref.ref[torch.Tensor]] = []
+    pool = PagePool(GROUPS, [NUM_PAGES] * len(GROUPS), poisoned)
+    bench = Bench(LocalPlace(pool, Watched(), CPU), KVCache(GROUPS, {"host": pool}), "host")
+    conversations = [Conversation(30, bench.cache.admit("host")) for _ in range(3)]
+    for start, length in ((0, 8), (8, 3)):
+        pieces = [(each, start, length) for each in conversations]
+        for conversation, *_ in pieces:
+            assert bench.cache.reserve(conversation.kv, start + length)
+        view = bench.place.view([as_slice(piece) for piece in pieces])
+        for index in range(len(LAYERS)):
+            attend(view, index, pieces, CPU)
+    assert len(held) >= 3 * len(LAYERS) - 3
+    assert set(held) == {1}
 
 
 def test_layers_find_their_group() -> None:

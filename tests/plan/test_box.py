@@ -47,8 +47,15 @@ def test_a_box_with_accelerator(find):
 
 def test_it_has_the_numbers_of_the_shipped_ones(find):
     shipped = find_machine("rtx4090-64gb")
-    fields = GPU | {"device_bytes": 24 * 10**9, "disk_write": 5e9, "disk_bytes": "2TB", "flops": {"bfloat16": 165e12}}
+    fields = GPU | {
+        "source": "a data sheet",
+        "device_bytes": 24 * 10**9,
+        "disk_write": 5e9,
+        "disk_bytes": "2TB",
+        "flops": {"bfloat16": 165e12},
+    }
     described = find(fields)
+    assert described.source == "a data sheet"
     for name in ("disk_read", "disk_write", "host_memory", "host_to_device", "overheads", "device_bytes", "host_bytes"):
         assert getattr(described, name) == getattr(shipped, name)
     assert described.dense["bfloat16"] == shipped.dense["bfloat16"]

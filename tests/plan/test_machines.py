@@ -7,7 +7,7 @@ from flexgen.base.quantities import GIB
 from flexgen.errors import OptionError
 from flexgen.options import EngineOptions
 from flexgen.plan.known.machines import MACHINES, beside_checkpoint, find_machine, limits_of
-from flexgen.plan.machine import Rate, read_machine
+from flexgen.plan.machine import CUDA_BYTES, Rate, read_machine
 
 
 @pytest.mark.parametrize("name", MACHINES)
@@ -22,6 +22,44 @@ def test_a_shipped_machine_is_whole(name):
         assert all(rate.best >= rate.typical > 0 for rate in rates)
         assert [rate.typical for rate in rates] == sorted(rate.typical for rate in rates), f"{dtype}: more rows are never slower"
     assert machine.host_to_device.typical < machine.host_memory.typical
+
+
+# As NVIDIA prints them, dense and with float32 sums: FLOP/s in 16 bits and in float32, memory in bytes/s; and the link one way.
+PRINTED = {
+    "t4-64gb": (65e12, 8.1e12, 300e9, 16e9),
+    "l4-64gb": (242e12 / 2, 30.3e12, 300e9, 32e9),
+    "a10g-64gb": (140e12 / 2, 35e12, 600e9, 32e9),
+    "rtx3060-12gb-32gb": (2 * 12.74e12, 12.7e12, 360e9, 32e9),
+    "rtx3090-64gb": (142e12 / 2, 35.6e12, 936e9, 32e9),
+    "rtx4090-64gb": (330.3e12 / 2, 82.6e12, 1008e9, 32e9),
+    "rtx5090-128gb": (419e12 / 2, 104.8e12, 1792e9, 64e9),
+    "16gb-gpu-64gb": (2 * 22.06e12, 22e12, 288e9, 16e9),
+    "a100-80gb-512gb": (312e12, 19.5e12, 2039e9, 32e9),
+    "h100-80gb-512gb": (1979e12 / 2, 67e12, 3350e9, 64e9),
+}
+
+
+@pytest.mark.parametrize("name", PRINTED)
+def test_the_figures_of_data_sheets(name):
+    machine, (halves, wide, memory, link) = find_machine(name), PRINTED[name]
+    assert machine.origin == "datasheet"
+    assert "PCIe" in machine.source
+    assert machine.dense_flops("float16") == pytest.approx(halves, rel=0.01)
+    assert machine.dense_flops("float32") == pytest.approx(wide, rel=0.01)
+    assert machine.dense["float16"][0][1].best == memory  # one row reads a number of two bytes for two FLOPs
+    assert (machine.host_to_device.best, machine.host_to_device.typical) == (link, pytest.approx(0.85 * link))
+
+
+def test_all_machines_of_data_sheets_are_compared():
+    assert {"t4-gcp", *PRINTED} == set(MACHINES)
+
+
+@pytest.mark.parametrize("name", MACHINES)
+def test_a_t4_has_no_rates_for_bfloat16(name):
+    machine = find_machine(name)
+    rates = [machine.dense, machine.attention, machine.elementwise, *machine.decode_attention.values()]
+    assert all(("bfloat16" in each) == (not name.startswith("t4-")) for each in rates)
+    assert machine.source
 
 
 def test_the_box_of_the_paper():
@@ -83,6 +121,15 @@ def test_budgets_of_a_machine_that_is_not_this_one(make_machine):
         limits_of(machine, EngineOptions(device="cpu"))
     with pytest.raises(OptionError, match="has no device tier"):
         limits_of(make_machine(), EngineOptions(device_mem="1GiB"))
+
+
+def test_cuda_takes_its_part_of_a_device(make_machine):
+    machine = make_machine(device="cuda", device_bytes=16 * GIB)
+    limits = limits_of(machine, EngineOptions(device_mem="4GiB"))
+    assert (limits.device_bytes, limits.device_overhead_bytes) == (4 * GIB, CUDA_BYTES)
+    assert limits_of(make_machine(), EngineOptions()).device_overhead_bytes == 0
+    with pytest.raises(OptionError, match=r"device_mem='300MiB' \(300.0 MiB\) has no room for a model: CUDA's context and libraries alone"):
+        limits_of(machine, EngineOptions(device_mem="300MiB"))
 
 
 def test_a_checkpoint_takes_its_part_of_the_disk():

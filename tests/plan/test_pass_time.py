@@ -84,6 +84,39 @@ def test_beside_a_device_the_host_works_on_its_own(make_spec, make_machine, make
     assert resources["compute"] < 1e-3
 
 
+def test_what_slows_each_other_down_beside_a_device(make_spec, make_machine, make_policy):
+    """The two directions of a link, the link and attention on the host, that and reading; each at its own pace once the other has ended."""
+    machine = make_machine(
+        decode_attention={"host": {"bfloat16": ((1.0, Rate(1e3, 1e3)),)}}, host_to_device=1e3, device_to_host=1e3, disk_read=1e3,
+        duplex_slowdown=1.25, link_slowdown=2.0, host_slowdown=1.5, disk_slowdown=4.0, compute_slowdown=3.0,
+        disk_core_seconds_per_byte=0.0, overheads=NOTHING,
+    )  # fmt: skip
+    expectation, policy = Expectation(make_spec(), machine, "bfloat16"), make_policy(device="cuda")
+
+    def seconds(**work):
+        found = expectation.resources(PassWork(**work), policy)
+        return [float(found[name]) for name in ("host_to_device", "device_to_host", "host_compute", "disk")]
+
+    assert seconds(host_to_device_bytes=8e3) == pytest.approx([8, 8 * 0.25, 8 * 2 / 3, 0])
+    assert seconds(host_to_device_bytes=8e3, device_to_host_bytes=4e3)[:2] == pytest.approx([9, 6])
+    attended = {"host_step_flops": 6e3, "host_step_bytes": 6e3}
+    assert seconds(**attended) == pytest.approx([6 * 1.5 / 2, 0, 6, 6 * 3 * 3 / 4])
+    both = seconds(host_to_device_bytes=8e3, **attended)
+    assert both[0] == pytest.approx(8 + 4.5)  # the host ends after 9 seconds, 4.5 of which the link lost
+    assert both[2] == pytest.approx(6 + 16 / 3)
+    busy = expectation.busy(PassWork(host_to_device_bytes=8e3, **attended), policy)
+    assert float(busy["host_compute"]) == pytest.approx(6 + 16 / 3)
+    assert float(busy["disk"]) == 0
+
+
+def test_a_device_that_decodes_computes_less(make_spec, make_machine, make_policy):
+    machine = make_machine(device_casts={"int4 bfloat16": Rate(4e3, 2e3)}, overheads=NOTHING)
+    work = PassWork(device_decoded_bytes=6e3, num_micro_batches=1)
+    for decoded_from, wanted in (({"int4": 10}, 3.0), ({"int4": 10, "float16": 1}, 3.0), ({"int3": 10}, 0.0)):
+        expectation = Expectation(make_spec(decoded_from=decoded_from), machine, "bfloat16")
+        assert float(expectation.apart(work, make_policy(device="cuda"))["compute"]) == pytest.approx(wanted)
+
+
 def test_experts_see_their_share_of_the_rows(make_spec, make_machine, make_policy):
     machine = make_machine(dense={"bfloat16": [(64, 1e6), (512, 8e6)]}, overheads=NOTHING)
     units = (UnitSpec(name="experts", disk_bytes=16_000, decoded_bytes=16_000, flops_per_token=2000.0),)  # an eighth of them

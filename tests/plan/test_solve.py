@@ -14,6 +14,7 @@ from flexgen.plan.price.memory import FRAGMENTATION, activation_bytes, footprint
 from flexgen.plan.price.pass_time import Expectation
 from flexgen.plan.price.requests import JobSizes
 from flexgen.plan.price.weights import unit_homes
+from flexgen.plan.search.ideal import budgets_of
 from flexgen.plan.search.solve import solve, space_of
 from flexgen.plan.workload import Workload
 
@@ -246,6 +247,29 @@ def test_sparse_attention_needs_memory_to_compute_generated_tokens_again(llama_3
     job = Workload(prompt_lens=(tokens - 50,) * 4, output_lens=(50,) * 4)
     dense, more = (activation_bytes(spec, JobSizes(spec, job, 16), make_policy(page_tokens=16)) for spec in (llama_3b, sparse))
     assert more - dense == pytest.approx(FRAGMENTATION * (tokens * 4096 + 2 * at_a_time + 10 * 4 * MIB), abs=1)
+
+
+@pytest.mark.parametrize(("num_seqs", "tokens", "wanted"), [(1, 100, 10 * 100 * 4096), (4, 100, 40 * 100 * 4096), (400, 300, 64 * MIB)])
+def test_attention_on_a_device_needs_memory_of_its_own(llama_3b, make_policy, num_seqs, tokens, wanted):
+    """A few copies of a layer's keys and values (4,096 bytes a token), or of as many sequences as are attended to at a time."""
+    job = Workload(prompt_lens=(tokens - 10,) * 400, output_lens=(10,) * 400)
+    host, device = (
+        activation_bytes(llama_3b, JobSizes(llama_3b, job, 16), make_policy(page_tokens=16, max_num_seqs=num_seqs, device=device))
+        for device in ("cpu", "cuda")
+    )
+    assert device - host == pytest.approx(FRAGMENTATION * wanted, abs=1)
+
+
+def test_cuda_itself_is_part_of_the_budget(plan, llama_3b, make_limits, process_bytes):
+    limits = {"device": "cuda", "device_bytes": 4 * GIB, "device_overhead_bytes": GIB, "host_bytes": 8 * GIB}
+    policy = plan(limits=limits)
+    used = footprint(policy, llama_3b, make_limits(**limits), process_bytes=process_bytes)["device"]
+    assert used["CUDA context and libraries"] == GIB
+    assert sum(used.values()) <= 4 * GIB
+    more = budgets_of(make_limits(**limits | {"device_overhead_bytes": 0}), llama_3b, process_bytes)
+    assert more.device_bytes - budgets_of(make_limits(**limits), llama_3b, process_bytes).device_bytes == GIB
+    with pytest.raises(CapacityError, match=r"of device memory \(CUDA context and libraries 1\.0 GiB, .* raise device_mem"):
+        plan(limits=limits | {"device_bytes": GIB + 100 * MIB})
 
 
 def test_products_in_int8_hold_the_codes_of_one_input(llama_3b, make_policy):

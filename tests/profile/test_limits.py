@@ -3,7 +3,7 @@ import pytest
 from flexgen.base.quantities import GIB, KIB, MIB
 from flexgen.errors import CapacityError, OptionError
 from flexgen.options import EngineOptions
-from flexgen.profile.limits import find_limits
+from flexgen.profile.limits import CardMemory, find_limits
 
 MEMORY_V1 = "30 20 0:30 / /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory"
 UNIFIED = "31 20 0:31 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw"
@@ -49,7 +49,7 @@ class FakeSystem:
             root=self.root,
             rlimits=rlimits or {},
             disk_space=lambda folder: (free, 200 * GIB),
-            cuda_memory=lambda: cuda,
+            cuda_memory=lambda: None if cuda is None else CardMemory(*cuda),
         )
 
 
@@ -206,6 +206,26 @@ def test_device_budgets(system):
         system.limits(device="cuda")
     with pytest.raises(OptionError, match=r"device_mem='1GiB': on a CPU device there is no device tier; use host_mem"):
         system.limits(device_mem="1GiB")
+
+
+def test_a_device_budget_is_that_of_the_whole_process(system):
+    """What this process has taken counts as free, and what CUDA itself takes belongs to the budget."""
+    card = (30 * GIB, 40 * GIB, 2 * GIB, 500 * MIB)
+    auto, asked = system.limits(device="cuda", cuda=card), system.limits(device="cuda", device_mem="16GiB", cuda=card)
+    assert (auto.device_bytes, auto.device_overhead_bytes) == (int(0.9 * 32 * GIB), 500 * MIB)
+    assert (asked.device_bytes, asked.device_overhead_bytes, asked.device_total_bytes) == (16 * GIB, 500 * MIB, 40 * GIB)
+    assert system.limits(device="sim").device_overhead_bytes == system.limits(device="cpu").device_overhead_bytes == 0
+
+
+def test_a_device_budget_without_room_beside_cuda(system):
+    card = (30 * GIB, 40 * GIB, 500 * MIB, 500 * MIB)
+    with pytest.raises(CapacityError) as caught:
+        system.limits(device="cuda", device_mem="400MiB", cuda=card)
+    assert str(caught.value) == (
+        "device_mem='400MiB' (400.0 MiB) has no room for a model: CUDA's context and libraries alone take 500.0 MiB: raise device_mem"
+    )
+    with pytest.raises(CapacityError, match=r"the device's free memory .* has no room for a model: .* free some memory of the device"):
+        system.limits(device="cuda", cuda=(20 * MIB, 40 * GIB, 500 * MIB, 500 * MIB))
 
 
 def test_a_placement_on_a_device_that_is_not_there(system):

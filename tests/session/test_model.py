@@ -21,8 +21,10 @@ from flexgen.errors import ModelError
 from flexgen.hub.resolve import resolve_model
 from flexgen.models import assemble
 from flexgen.options import EngineOptions
+from flexgen.profile.limits import CardMemory, find_limits
 from flexgen.session import model as session_model
-from flexgen.session.model import ResolvedModel, compute_dtype, config_dtype
+from flexgen.session.dtypes import compute_dtype, config_dtype, has_bfloat16
+from flexgen.session.model import ResolvedModel
 from tests.models.tiny_configs import tiny_config
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=2)
@@ -92,13 +94,36 @@ def test_limits_are_found_again_for_the_next_engine(novels_opt: Path, found: Cou
 
 @pytest.mark.parametrize(
     ("stored", "device", "computed"),
-    [("float16", "cpu", "bfloat16"), ("float16", "sim", "bfloat16"), ("float16", "cuda", "float16"), ("float32", "cpu", "float32")],
-)
+    [
+        ("float16", "cpu", "bfloat16"), ("float16", "sim", "bfloat16"), ("float16", "cuda", "float16"), ("float32", "cpu", "float32"),
+        ("bfloat16", "cuda", "bfloat16"), ("bfloat16", "cpu", "bfloat16"),
+    ],
+)  # fmt: skip
 def test_the_dtype_to_compute_in(stored: str, device: str, computed: str) -> None:
     config = tiny_config("llama")
     config.dtype = getattr(torch, stored)
     assert config_dtype(config) == stored
     assert compute_dtype(stored, device) == computed
+
+
+@pytest.mark.parametrize(
+    ("capability", "computed"), [((7, 5), "float16"), ((7, 0), "float16"), ((8, 0), "bfloat16"), ((12, 0), "bfloat16")]
+)
+def test_a_gpu_without_bfloat16_computes_in_float16(
+    novels_qwen3: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, capability: tuple[int, int], computed: str
+) -> None:
+    """And says so; what is asked for stays."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    card = CardMemory(free_bytes=14 << 30, total_bytes=16 << 30)
+    monkeypatch.setattr(session_model, "find_limits", lambda options: find_limits(options, cuda_memory=lambda: card))
+    model = ResolvedModel(resolve_model(novels_qwen3), EngineOptions(device="cuda"))
+    model.config.dtype = torch.bfloat16
+    assert model.dtype == model.dtype == computed
+    warned = [record.message for record in caplog.records if "has no units for bfloat16" in record.message]
+    assert len(warned) == (computed == "float16")
+    assert ResolvedModel(resolve_model(novels_qwen3), EngineOptions(device="cuda", dtype="bfloat16")).dtype == "bfloat16"
+    assert has_bfloat16("cuda") == (computed == "bfloat16")
+    assert has_bfloat16("cpu")
 
 
 def test_a_dtype_that_nothing_computes_in(tmp_path: Path) -> None:

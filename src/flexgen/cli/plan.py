@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from flexgen.plan.tell.forecast import Plan
     from flexgen.plan.tell.formats import FormatGain
     from flexgen.plan.workload import Workload
+
+logger = logging.getLogger(__name__)
 
 # Approximate resident memory of a run before any weight is loaded: the interpreter, torch, transformers, kernels.
 PROCESS_BYTES = {"cpu": 480 * MIB, "sim": 480 * MIB, "cuda": 1500 * MIB}
@@ -113,7 +116,7 @@ class _Question:
         needed = dtype if self.options.cpu_compute == "auto" else int8_name(dtype)
         if machine is None or dtype not in machine.dense or needed not in machine.dense:
             return None
-        spec = _spec_of(self.model, self.options, self.limits.device, dtype)
+        spec = _spec_of(self.model, dataclasses.replace(self.options, dtype=dtype), self.limits.device)
         try:
             return make_plan(**self.job(spec, machine))
         except CapacityError:
@@ -191,7 +194,12 @@ def _told(
 
     limits, box = _limits_and_machine(options, machine)
     step(f"reading config and headers of {model}")
-    spec, specs = specs_of(options, lambda asked: _spec_of(model, asked, limits.device, options.dtype))
+    bfloat16 = _has_bfloat16(limits.device, box)
+    spec, specs = specs_of(options, lambda asked: _spec_of(model, asked, limits.device, bfloat16=bfloat16))
+    if options.dtype == "auto" and not bfloat16 and (spec.dtype, spec.number_format) == ("float16", "bfloat16"):
+        from flexgen.session.dtypes import without_bfloat16
+
+        logger.warning(without_bfloat16("this GPU" if box is None else box.name))
     if box is not None:
         limits = beside_checkpoint(limits, spec.checkpoint_bytes, options)
     context = min(spec.max_position_embeddings, options.max_model_len or spec.max_position_embeddings)
@@ -225,10 +233,19 @@ def _gains(plan: Plan, space: Space, options: EngineOptions, space_of: Callable[
     return format_gains(plan, space, names, space_of)
 
 
-def _spec_of(model: str, options: EngineOptions, device: str, dtype: str) -> ModelSpec:
+def _spec_of(model: str, options: EngineOptions, device: str, *, bfloat16: bool = True) -> ModelSpec:
     from flexgen.session.lookup import spec_of
 
-    return spec_of(model, dataclasses.replace(options, dtype=dtype), device=device)
+    return spec_of(model, options, device=device, bfloat16=bfloat16)
+
+
+def _has_bfloat16(device: str, box: Machine | None) -> bool:
+    """Return whether a machine, or this one, has units for bfloat16; one whose rates are those of data sheets has what they print."""
+    if box is not None:
+        return box.origin == "measured" or "bfloat16" in box.dense
+    from flexgen.session.dtypes import has_bfloat16
+
+    return has_bfloat16(device)
 
 
 def _limits_and_machine(options: EngineOptions, name: str | None) -> tuple[Limits, Machine | None]:

@@ -67,7 +67,8 @@ def as_text(answer: Answer) -> str:
 
     plan = answer.plan
     origin = _ORIGINS[plan.machine.origin].format(plan.machine.date)
-    lines = [f"{plan.spec.name} on {plan.machine.name} ({origin})", format_plan(plan), *format_memory(plan.forecast)]
+    source = f": {plan.machine.source}" if plan.machine.source else ""
+    lines = [f"{plan.spec.name} on {plan.machine.name} ({origin}{source})", format_plan(plan), *format_memory(plan.forecast)]
     if answer.curve:
         lines += ["what shorter requests cost:", format_curve(answer.curve)]
     lines += [f"note: {each}" for each in (*_about_formats(answer), *_about_devices(plan))]

@@ -59,9 +59,11 @@ def _measured(device: str, dtype: list[str] | None, folder: Path, *, quick: bool
     from flexgen.profile.limits import find_device
     from flexgen.profile.measure import MAX_BYTES, measure
     from flexgen.profile.repeat import settled
+    from flexgen.session.dtypes import has_bfloat16
 
     device = find_device(device)
-    dtypes = tuple(dtype or ("bfloat16", "float16" if device == "cuda" else "float32"))
+    usual = ("bfloat16", "float16" if device == "cuda" else "float32") if has_bfloat16(device) else ("float16", "float32")
+    dtypes = tuple(dtype or usual)
     before: list[Machine] = []
     for name in dtypes:
         kept = kept_machine(device, name, folder, quick=quick)
@@ -84,11 +86,7 @@ def format_machine(machine: Machine) -> str:
     lines.append(f"{'reading takes':<32}{machine.disk_core_seconds_per_byte * 1e9:10.3f} core-seconds per GB")
     request = machine.disk_request
     lines.append(f"{'a small read or write':<32}{request.seconds * 1e6:10.0f} µs       {request.core_seconds * 1e6:.0f} µs of a core")
-    if machine.device != "cuda":
-        lines.append(
-            f"together: reading takes {machine.disk_slowdown:.2f} times as long while computing, computing {machine.compute_slowdown:.2f} "
-            "times while reading"
-        )
+    lines += _together(machine)
     lines.append(_line("memory read", machine.host_memory, "B/s"))
     links = {"host to device": machine.host_to_device, "device to host": machine.device_to_host}
     lines += [_line(name, rate, "B/s") for name, rate in links.items() if rate is not None]
@@ -100,11 +98,13 @@ def format_machine(machine: Machine) -> str:
             lines += [_line(f"KV on {home}, {dtype}, {ratio:g} FLOP/B", rate, "B/s") for ratio, rate in curve]
     lines += [_line(f"elementwise, {dtype}", rate, "B/s") for dtype, rate in machine.elementwise.items()]
     lines += [_line(f"cast {cast.replace(' ', ' to ')}", rate, "B/s") for cast, rate in machine.casts.items()]
+    lines += [_line(f"{cast.replace(' ', ' to ')} on device", rate, "B/s") for cast, rate in machine.device_casts.items()]
     costs = machine.overheads
     lines.append(
         f"a pass by itself {costs.per_pass * 1e3:.2f} ms; per sequence {costs.per_sequence * 1e6:.0f} µs, per streamed unit "
         f"{costs.per_unit * 1e6:.0f} µs, per layer and micro-batch {costs.per_layer_and_micro_batch * 1e6:.0f} µs, "
         f"per gathered row {costs.per_gathered_row * 1e6:.1f} µs"
+        + (f", per launched operation {costs.per_operation * 1e6:.1f} µs" if costs.per_operation else "")
     )
     if is_disturbed(machine):
         lines.append(
@@ -112,6 +112,22 @@ def format_machine(machine: Machine) -> str:
             "`flexgen profile` finds the better rates"
         )
     return "\n".join(lines)
+
+
+def _together(machine: Machine) -> list[str]:
+    """Return how much what goes on at the same time slows each other down."""
+    pairs = [("reading", machine.disk_slowdown, "computing", machine.compute_slowdown)]
+    if machine.device == "cuda":
+        attending = "attending on the host"
+        pairs = [
+            ("reading", machine.disk_slowdown, attending, machine.compute_slowdown),
+            ("copying to the device", machine.link_slowdown, attending, machine.host_slowdown),
+            ("copying to the device", machine.duplex_slowdown, "copying back", machine.duplex_slowdown),
+        ]
+    return [
+        f"together: {one} takes {factor:.2f} times as long while {other}, {other} {of_other:.2f} times while {one}"
+        for one, factor, other, of_other in pairs
+    ]
 
 
 def _line(what: str, rate: Rate, unit: str) -> str:

@@ -50,6 +50,17 @@ class Device(Protocol):
     @property
     def used_bytes(self) -> int: ...
 
+    def limit(self, process_bytes: int) -> None:
+        """Let this process take no more than so many bytes of the device's memory, all together, until the device is closed.
+
+        Where no driver counts what a process takes, nothing happens.
+        """
+        ...
+
+    def peak_bytes(self) -> int:
+        """Return the most bytes that this process has taken since `limit`, by the driver's count; where none counts, the arenas' bytes."""
+        ...
+
     def allocate(self, size_bytes: int) -> torch.Tensor:
         """Return a uint8 arena on the device, which lives until the device is closed.
 
@@ -100,6 +111,12 @@ class Arenas:
         self.used_bytes = 0
         self.bytes_in = 0
         self.bytes_out = 0
+
+    def limit(self, process_bytes: int) -> None:
+        """Do nothing: no driver counts."""
+
+    def peak_bytes(self) -> int:
+        return self.used_bytes
 
     def _charge(self, size_bytes: int) -> None:
         if self.used_bytes + size_bytes > self.budget_bytes:

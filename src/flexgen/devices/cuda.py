@@ -9,6 +9,7 @@ import torch
 
 from flexgen.devices.arena import HostArena
 from flexgen.devices.base import Arenas, Event
+from flexgen.devices.cuda_memory import CudaMemory, cuda_memory
 from flexgen.devices.cudart import cuda_runtime
 
 logger = logging.getLogger(__name__)
@@ -39,6 +40,15 @@ class CudaDevice(Arenas):
         if runtime is None:
             logger.warning("cannot pin host memory, because no CUDA runtime library of torch's was found: copies will be slower")
         self._host = HostArena(runtime)
+        self._memory: CudaMemory | None = None  # while there is a limit
+
+    def limit(self, process_bytes: int) -> None:
+        self._memory = cuda_memory()
+        if self._memory is not None:
+            self._memory.limit(process_bytes)
+
+    def peak_bytes(self) -> int:
+        return self.used_bytes if self._memory is None else self._memory.peak_bytes()
 
     def allocate(self, size_bytes: int) -> torch.Tensor:
         self._charge(size_bytes)
@@ -79,3 +89,5 @@ class CudaDevice(Arenas):
             torch.cuda.synchronize(self.device)
         finally:  # an earlier error of the device is raised here
             self._host.close()
+            if self._memory is not None:
+                self._memory.lift_limit()

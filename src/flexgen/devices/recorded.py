@@ -88,6 +88,12 @@ class RecordedDevice:
     def used_bytes(self) -> int:
         return self._of.used_bytes
 
+    def limit(self, process_bytes: int) -> None:
+        self._of.limit(process_bytes)
+
+    def peak_bytes(self) -> int:
+        return self._of.peak_bytes()
+
     def allocate(self, size_bytes: int) -> torch.Tensor:
         return self._of.allocate(size_bytes)
 

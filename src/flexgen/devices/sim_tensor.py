@@ -31,7 +31,7 @@ WAITING = frozenset(
     | {"_unique", "_unique2", "unique_dim", "unique_consecutive"}
 )
 # Torch would decompose these before they are dispatched here; as a whole they run as fast as on the host.
-WHOLE = ("linear", "matmul", "einsum", "layer_norm")
+WHOLE = ("linear", "matmul", "einsum", "layer_norm", "scaled_dot_product_attention")
 CREATED = ("empty.memory_format", "empty_strided.default", "arange.default", "arange.start", "arange.start_step")
 
 

@@ -195,8 +195,8 @@ class ModelRunner:
     # -- figures --------------------------------------------------------------------------------------------------------------------
 
     def device_bytes(self) -> int:
-        """Return the bytes of the device's arenas (0 on a CPU)."""
-        return self._backend.used_bytes if self._backend is not None else 0
+        """Return the most bytes that were taken on the device, see `Device.peak_bytes` (0 on a CPU)."""
+        return self._backend.peak_bytes() if self._backend is not None else 0
 
     def placement(self) -> dict[str, dict[str, int]]:
         """Return, for each tier, the bytes of "weights" as assigned and of "kv" at the peak."""

@@ -27,17 +27,25 @@ def _cpu_kernels(device: torch.device, num_threads: int) -> AttentionKernels:
 
 
 def _cuda_kernels(device: torch.device, num_threads: int) -> AttentionKernels:
-    """Triton's kernels where Triton is installed and compiles for the device; elsewhere the reference."""
+    """Triton's kernels where Triton is installed and compiles for the device; elsewhere torch's own operations."""
     if reason := why_not_triton(device):
-        logger.info("attention on the device in plain torch operations: %s", reason)
-        return AttentionKernels()
+        logger.info("attention on the device in torch's operations: %s", reason)
+        return _gathered_kernels(device, num_threads)
     from flexgen.kernels.triton.sealed_kernels import TritonKernels
 
     logger.info("attention on the device in Triton's kernels")
     return TritonKernels()
 
 
-KERNELS: dict[str, Callable[[torch.device, int], AttentionKernels]] = {"cpu": _cpu_kernels, "cuda": _cuda_kernels}
+def _gathered_kernels(device: torch.device, num_threads: int) -> AttentionKernels:
+    from flexgen.kernels.gathered import GatheredKernels
+
+    return GatheredKernels()
+
+
+KERNELS: dict[str, Callable[[torch.device, int], AttentionKernels]] = {
+    "cpu": _cpu_kernels, "cuda": _cuda_kernels, "sim": _gathered_kernels,
+}  # fmt: skip
 
 
 def warm_up(kernels: AttentionKernels, dtype: torch.dtype) -> None:

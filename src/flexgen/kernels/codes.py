@@ -9,7 +9,7 @@ with one rounding, so that each device finds the same codes.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -190,14 +190,44 @@ def unseal(pages: SealedPages, page_table: Tensor, start: int, length: int, dtyp
     first = start // size
     ids = page_table[first : -(-length // size)].long()
     visible = slice(start - first * size, length - first * size)
-    found = []
+    keys, values = (numbers.transpose(1, 2).flatten(0, 1)[visible].contiguous() for numbers in unsealed(pages, ids, dtype))
+    return keys, values
+
+
+def unsealed(
+    pages: SealedPages, page_ids: Tensor, dtype: torch.dtype, heads: slice = slice(None), *, turned: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Return the keys and values of whole pages, each (*page_ids.shape, heads, page_tokens, dim) in `dtype`.
+
+    Args:
+        pages: The pages.
+        page_ids: int64, of any shape.
+        dtype: The dtype of the numbers, which are computed in float32 or a wider one.
+        heads: The heads that are wanted.
+        turned: Whether keys that were rotated stay so.
+    """
+    size, found = pages.page_tokens, list[Tensor]()
     for codes, memory, by_token in ((pages.key_codes, pages.keys, False), (pages.value_codes, pages.values, True)):
-        stored = memory[ids, :, : size * codes.token_bytes]  # (pages, heads, bytes)
+        stored = memory[:, heads, : size * codes.token_bytes][page_ids]  # (..., heads, bytes)
         border = codes.code_bytes * size
         code_bytes, parameters = stored[..., :border], stored[..., border:].contiguous().view(torch.float16)
-        shape = (size, codes.code_bytes) if by_token else (codes.code_bytes, size)
-        code_bytes = code_bytes.unflatten(-1, shape).permute(*((0, 2, 1, 3) if by_token else (0, 3, 1, 2)))
-        parameters = parameters.unflatten(-1, (codes.num_parameters, size)).permute(0, 3, 1, 2)
-        numbers = decode(code_bytes.flatten(0, 1).contiguous(), parameters.flatten(0, 1).contiguous(), codes, dtype)
-        found.append(numbers[visible].contiguous())
+        code_bytes = code_bytes.unflatten(-1, (size, codes.code_bytes) if by_token else (codes.code_bytes, size))
+        code_bytes = code_bytes if by_token else code_bytes.transpose(-1, -2).contiguous()
+        parameters = parameters.unflatten(-1, (codes.num_parameters, size)).transpose(-1, -2).contiguous()
+        found.append(decode(code_bytes, parameters, replace(codes, rotated=False) if turned else codes, dtype))
     return found[0], found[1]
+
+
+class Rotations:
+    """The rotation of queries as keys were rotated, by one product with a matrix, which is made once per dimension and device."""
+
+    def __init__(self) -> None:
+        self._matrices: dict[tuple[int, torch.device, torch.dtype], Tensor] = {}
+
+    def __call__(self, numbers: Tensor) -> Tensor:
+        """Return (..., dim) rotated, in float32 or a wider dtype."""
+        wide, dim = torch.promote_types(numbers.dtype, torch.float32), numbers.shape[-1]
+        key = dim, numbers.device, wide
+        if key not in self._matrices:
+            self._matrices[key] = rotated(torch.eye(dim, dtype=wide)).to(numbers.device)
+        return numbers.to(wide) @ self._matrices[key]

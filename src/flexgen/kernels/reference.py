@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from flexgen.kernels.codes import SealedPages, seal, unseal
-from flexgen.kernels.dense import attend
+from flexgen.kernels.dense import attend, query_blocks
 from flexgen.kernels.pages import gather_kv, seen_sealed, write_kv
 from flexgen.kernels.prompts import prefill_paged_attention
 from flexgen.kernels.sparse import decode_sparse_attention, decode_sparse_sealed_attention
@@ -90,8 +90,9 @@ def prefill_attention(
     num_queries, num_positions = query.shape[0], key.shape[0]
     positions = torch.arange(num_positions, device=query.device)
     own = positions[num_positions - num_queries :, None]
-    visible = (starts[:, None] <= positions) & (positions <= own)  # (T, N)
-    out.copy_(attend(query, key, value, visible, scaling, softcap, sinks))
+    for rows in query_blocks(num_queries, num_positions):
+        visible = (starts[rows, None] <= positions) & (positions <= own[rows])  # (T, N)
+        out[rows] = attend(query[rows], key, value, visible, scaling, softcap, sinks)
 
 
 def decode_latent_attention(
@@ -239,14 +240,11 @@ def prefill_sealed_attention(
     stored = torch.arange(stored_key.shape[0], device=device)
     exact = torch.arange(exact_start, exact_start + key.shape[0], device=device)
     own = exact[key.shape[0] - num_queries :, None]
-    as_stored = (starts[:, None] <= stored) & (stored < borders[:, None])  # (T, D)
-    as_exact = (torch.maximum(starts, borders)[:, None] <= exact) & (exact <= own)  # (T, N)
-    out.copy_(
-        attend(
-            query, torch.cat([stored_key, key]), torch.cat([stored_value, value]), torch.cat([as_stored, as_exact], dim=1),
-            scaling, softcap, sinks,
-        )
-    )  # fmt: skip
+    keys, values = torch.cat([stored_key, key]), torch.cat([stored_value, value])
+    for rows in query_blocks(num_queries, len(keys)):
+        as_stored = (starts[rows, None] <= stored) & (stored < borders[rows, None])  # (T, D)
+        as_exact = (torch.maximum(starts, borders)[rows, None] <= exact) & (exact <= own[rows])  # (T, N)
+        out[rows] = attend(query[rows], keys, values, torch.cat([as_stored, as_exact], dim=1), scaling, softcap, sinks)
 
 
 class AttentionKernels:

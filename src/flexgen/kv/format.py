@@ -87,7 +87,7 @@ class Steps:
     """The tokens that each of several next tokens attends to, its own included.
 
     Attributes:
-        tables: The page ids of each sequence, int64 (steps, pages).
+        tables: The page ids of each sequence, int64 (steps, pages), from a page before which it sees nothing; positions count from there.
         starts: The first visible position, int64 (steps,).
         lengths: The position after the last visible one, int64 (steps,).
         tails: The tail page of each sequence, int64 (steps,); None for formats without tails.

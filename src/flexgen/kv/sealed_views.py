@@ -6,7 +6,7 @@ its position alone: not of how a prompt was cut, of who computed a shared page, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -97,51 +97,54 @@ class SealedGroupPlan(StepsAndPrompts):
     def _head(kernels: AttentionKernels, prompt: SealedPrompt, pages: LowBitPages, dtype: torch.dtype) -> KeyValue | None:
         return pages.tails.gather(kernels, prompt.tail, 0, prompt.head_length, dtype) if prompt.head_length else None
 
-    def gather_past(self, kernels: AttentionKernels, pages: KVPages, dtype: torch.dtype, heads: Heads) -> list[Past]:
-        """Return, for each prompt slice, what is visible of the pages before its own first page, and the head of that page."""
-        found: list[Past] = []
+    def each_past(self, kernels: AttentionKernels, pages: KVPages, dtype: torch.dtype, heads: Heads) -> Iterator[Past]:
+        """Yield, for each prompt slice, what is visible of the pages before its own first page, and the head of that page."""
         for each, head in zip(self.prompts, heads, strict=True):
             if each.past is None and head is None:
-                found.append(None)
+                yield None
                 continue
             geometry = self.group.geometry
             none = (
                 torch.empty(0, geometry.key_heads, geometry.key_dim, dtype=dtype, device=each.tail.device),
                 torch.empty(0, geometry.value_heads, geometry.value_dim, dtype=dtype, device=each.tail.device),
             )
-            stored = none if each.past is None else pages.gather(kernels, *each.past, dtype)
-            found.append((*stored, *(head or none)))
-        return found
+            yield (*(none if each.past is None else pages.gather(kernels, *each.past, dtype)), *(head or none))
 
-    def attend_prompts(self, kernels: AttentionKernels, call: AttentionCall, past: Sequence[Past], out: torch.Tensor) -> None:
-        """Write the attention of the prompt slices to their rows of `out`, (1, tokens, heads, value_dim)."""
+    def attend_prompts(self, kernels: AttentionKernels, call: AttentionCall, past: Iterable[Past], out: torch.Tensor) -> None:
+        """Write the attention of the prompt slices to their rows of `out`, (1, tokens, heads, value_dim); one past is held at a time."""
         cached = (call.key, call.value) if call.latent is None else call.new
         assert cached is not None, "layers with latents share none"
-        row = self.num_steps
-        for each, before in zip(self.prompts, past, strict=True):
-            rows = slice(row, row + each.length)
-            own = cached[0][0, :, rows].transpose(0, 1), cached[1][0, :, rows].transpose(0, 1)  # (length, heads, dim)
-            exact, head = own, None
-            if before is not None and before[2].shape[0]:
-                head = before[2], before[3]
-                exact = _joined(head, own)
-            stored = self._as_stored(kernels, exact, each.num_seen_stored)
-            if before is not None:
-                stored = _joined((before[0], before[1]), stored)
-            key, value = call.key[0, :, rows].transpose(0, 1), call.value[0, :, rows].transpose(0, 1)
-            if head is not None:
-                key, value = _joined(_attended(call, head), (key, value))
-            stored, query, found = _attended(call, stored), call.query[0, :, rows].transpose(0, 1), out[0, rows]
-            num_dense = each.length if each.sparse is None else each.sparse.num_dense
-            if each.sparse is not None:
-                _attend_sparse(call, query[num_dense:], stored, (key, value), each, each.sparse, found[num_dense:])
-            if num_dense:
-                end = key.shape[0] - (each.length - num_dense)
-                kernels.prefill_sealed_attention(
-                    query[:num_dense], stored[0], stored[1], key[:end], value[:end], each.starts[:num_dense], each.borders[:num_dense],
-                    each.page_start, scaling=call.scaling, softcap=call.softcap, sinks=call.sinks, out=found[:num_dense],
-                )  # fmt: skip
+        row, past = self.num_steps, iter(past)
+        for each in self.prompts:
+            self._attend_prompt(kernels, call, cached, each, next(past), slice(row, row + each.length), out)
             row += each.length
+
+    def _attend_prompt(
+        self, kernels: AttentionKernels, call: AttentionCall, cached: KeyValue, prompt: SealedPrompt, before: Past, rows: slice,
+        out: torch.Tensor,
+    ) -> None:  # fmt: skip
+        """Write the attention of one prompt slice to its rows of `out`; `cached` has the new keys and values as they are stored."""
+        own = cached[0][0, :, rows].transpose(0, 1), cached[1][0, :, rows].transpose(0, 1)  # (length, heads, dim)
+        exact, head = own, None
+        if before is not None and before[2].shape[0]:
+            head = before[2], before[3]
+            exact = _joined(head, own)
+        stored = self._as_stored(kernels, exact, prompt.num_seen_stored)
+        if before is not None:
+            stored = _joined((before[0], before[1]), stored)
+        key, value = call.key[0, :, rows].transpose(0, 1), call.value[0, :, rows].transpose(0, 1)
+        if head is not None:
+            key, value = _joined(_attended(call, head), (key, value))
+        stored, query, found = _attended(call, stored), call.query[0, :, rows].transpose(0, 1), out[0, rows]
+        num_dense = prompt.length if prompt.sparse is None else prompt.sparse.num_dense
+        if prompt.sparse is not None:
+            _attend_sparse(call, query[num_dense:], stored, (key, value), prompt, prompt.sparse, found[num_dense:])
+        if num_dense:
+            end = key.shape[0] - (prompt.length - num_dense)
+            kernels.prefill_sealed_attention(
+                query[:num_dense], stored[0], stored[1], key[:end], value[:end], prompt.starts[:num_dense], prompt.borders[:num_dense],
+                prompt.page_start, scaling=call.scaling, softcap=call.softcap, sinks=call.sinks, out=found[:num_dense],
+            )  # fmt: skip
 
     def _as_stored(self, kernels: AttentionKernels, exact: KeyValue, num_tokens: int) -> KeyValue:
         """Return the first tokens of (tokens, heads, dim) as they come back from sealed pages."""

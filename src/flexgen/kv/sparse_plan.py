@@ -50,7 +50,7 @@ def step_parts(
 def steps_of(
     group: KVGroup, index: int, steps: Sequence[Slice], device: torch.device, tail: int | None = None, sparse: SparseAttention | None = None
 ) -> Steps:
-    """Return what next tokens see.
+    """Return what next tokens see, counted from the first page of which they see something.
 
     Args:
         group: The layer group.
@@ -64,10 +64,14 @@ def steps_of(
     def integers(values: Sequence[object]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int64, device=device)
 
+    size = group.page_tokens
+    first_visible = [group.geometry.first_visible(each.start) for each in steps]
+    skipped = [first // size for first in first_visible]  # pages before
+    tables = [each.tables[index][pages : each.start // size + 1] for each, pages in zip(steps, skipped, strict=True)]
     return Steps(
-        tables=page_tables([each.tables[index] for each in steps], device),
-        starts=integers([group.geometry.first_visible(each.start) for each in steps]),
-        lengths=integers([each.start + 1 for each in steps]),
+        tables=page_tables(tables, device),
+        starts=integers([first - pages * size for first, pages in zip(first_visible, skipped, strict=True)]),
+        lengths=integers([each.start + 1 - pages * size for each, pages in zip(steps, skipped, strict=True)]),
         tails=None if tail is None else integers([each.tables[tail][0] for each in steps]),
         kept=None if sparse is None else integers([sparse.kept(group.geometry, each.start) for each in steps]),
     )

@@ -6,7 +6,7 @@ copying is left to the places.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -113,7 +113,7 @@ class StepsAndPrompts:
             attended = self.attend_steps(kernels, call, step_queries(call, self.num_steps), pages)
             out[0, : self.num_steps] = step_outputs(call, attended)
         if self.prompts and not self.attend_in_pages(kernels, call, pages, out):
-            self.attend_prompts(kernels, call, self.gather_past(kernels, pages, call.query.dtype, heads), out)
+            self.attend_prompts(kernels, call, self.each_past(kernels, pages, call.query.dtype, heads), out)
         return out
 
     def attend_in_pages(self, kernels: AttentionKernels, call: AttentionCall, pages: KVPages, out: torch.Tensor) -> bool:
@@ -129,11 +129,15 @@ class StepsAndPrompts:
         return out
 
     def gather_past(self, kernels: AttentionKernels, pages: KVPages, dtype: torch.dtype, heads: Heads) -> list[Past]:
-        """Return, for each prompt slice, the visible keys and values of tokens stored before it; `heads` is what `write` returned."""
+        """Return what `each_past` yields."""
+        return list(self.each_past(kernels, pages, dtype, heads))
+
+    def each_past(self, kernels: AttentionKernels, pages: KVPages, dtype: torch.dtype, heads: Heads) -> Iterator[Past]:
+        """Yield, for each prompt slice, the visible keys and values of tokens stored before it; `heads` is what `write` returned."""
         raise NotImplementedError
 
-    def attend_prompts(self, kernels: AttentionKernels, call: AttentionCall, past: Sequence[Past], out: torch.Tensor) -> None:
-        """Write the attention of the prompt slices to their rows of `out`, (1, tokens, heads, value_dim)."""
+    def attend_prompts(self, kernels: AttentionKernels, call: AttentionCall, past: Iterable[Past], out: torch.Tensor) -> None:
+        """Write the attention of the prompt slices to their rows of `out`, (1, tokens, heads, value_dim); one past is held at a time."""
         raise NotImplementedError
 
 
@@ -165,31 +169,38 @@ class GroupPlan(StepsAndPrompts):
     def attend_in_pages(self, kernels: AttentionKernels, call: AttentionCall, pages: KVPages, out: torch.Tensor) -> bool:
         return self.paged is not None and pages.prefill(kernels, call, self.paged, out[0, self.num_steps :])
 
-    def gather_past(self, kernels: AttentionKernels, pages: KVPages, dtype: torch.dtype, heads: Heads) -> list[Past]:
-        """Return, for each prompt slice, the visible keys and values of tokens stored before it; `heads` is what `write` returned."""
-        return [each.past and pages.gather(kernels, *each.past, dtype) for each in self.prompts]
+    def each_past(self, kernels: AttentionKernels, pages: KVPages, dtype: torch.dtype, heads: Heads) -> Iterator[Past]:
+        """Yield, for each prompt slice, the visible keys and values of tokens stored before it; `heads` is what `write` returned."""
+        for each in self.prompts:
+            yield each.past and pages.gather(kernels, *each.past, dtype)
 
-    def attend_prompts(self, kernels: AttentionKernels, call: AttentionCall, past: Sequence[Past], out: torch.Tensor) -> None:
-        """Write the attention of the prompt slices to their rows of `out`, (1, tokens, heads, value_dim)."""
-        row = self.num_steps
-        for each, before in zip(self.prompts, past, strict=True):
-            rows = slice(row, row + each.length)
-            key, value = call.key[0, :, rows], call.value[0, :, rows]  # (heads, length, dim)
-            if before is not None:
-                earlier = as_attended(call, (before[0], before[1]))
-                key, value = torch.cat([earlier[0], key], dim=1), torch.cat([earlier[1], value], dim=1)
-            query, key, value = call.query[0, :, rows].transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1)
-            found, sparse = out[0, rows], each.sparse
-            num_dense = each.length if sparse is None else sparse.num_dense
-            if sparse is not None:
-                _attend_sparse(call, query[num_dense:], key, value, each.starts[num_dense:], sparse, found[num_dense:])
-            if num_dense:
-                end = key.shape[0] - (each.length - num_dense)
-                kernels.prefill_attention(
-                    query[:num_dense], key[:end], value[:end], each.starts[:num_dense],
-                    scaling=call.scaling, softcap=call.softcap, sinks=call.sinks, out=found[:num_dense],
-                )  # fmt: skip
+    def attend_prompts(self, kernels: AttentionKernels, call: AttentionCall, past: Iterable[Past], out: torch.Tensor) -> None:
+        """Write the attention of the prompt slices to their rows of `out`, (1, tokens, heads, value_dim); one past is held at a time."""
+        row, past = self.num_steps, iter(past)
+        for each in self.prompts:
+            _attend_prompt(kernels, call, each, next(past), slice(row, row + each.length), out)
             row += each.length
+
+
+def _attend_prompt(
+    kernels: AttentionKernels, call: AttentionCall, prompt: PromptPlan, before: Past, rows: slice, out: torch.Tensor
+) -> None:
+    """Write the attention of one prompt slice to its rows of `out`."""
+    key, value = call.key[0, :, rows], call.value[0, :, rows]  # (heads, length, dim)
+    if before is not None:
+        earlier = as_attended(call, (before[0], before[1]))
+        key, value = torch.cat([earlier[0], key], dim=1), torch.cat([earlier[1], value], dim=1)
+    query, key, value = call.query[0, :, rows].transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1)
+    found, sparse = out[0, rows], prompt.sparse
+    num_dense = prompt.length if sparse is None else sparse.num_dense
+    if sparse is not None:
+        _attend_sparse(call, query[num_dense:], key, value, prompt.starts[num_dense:], sparse, found[num_dense:])
+    if num_dense:
+        end = key.shape[0] - (prompt.length - num_dense)
+        kernels.prefill_attention(
+            query[:num_dense], key[:end], value[:end], prompt.starts[:num_dense],
+            scaling=call.scaling, softcap=call.softcap, sinks=call.sinks, out=found[:num_dense],
+        )  # fmt: skip
 
 
 def _attend_sparse(

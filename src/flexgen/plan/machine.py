@@ -6,15 +6,17 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 from flexgen.base.from_json import Positive, dataclass_from_json, needed, parsed_json
+from flexgen.base.quantities import MIB, format_size
 from flexgen.errors import OptionError
 from flexgen.options import DEVICES
 
 FEW_CORES = 4
 # The shares of memory and of free disk that a plan may use where the options give no budget.
 HOST_SHARE, DEVICE_SHARE, DISK_SHARE = 0.8, 0.9, 0.8
+CUDA_BYTES = 512 * MIB  # of a CUDA device: its context and libraries in a process, where they were not measured
 _INT8, _SPARSE = " int8", " sparse "
 NOT_A_MACHINE = "this is not the description of a machine"  # how messages begin
 
@@ -48,6 +50,15 @@ def rounded_from(name: str) -> str | None:
 Cores = Annotated[int, needed(bool, "more than 0 is needed")]
 ORIGINS = ("measured", "datasheet", "paper")
 _DEVICES = tuple(name for name in DEVICES if name != "auto")
+
+
+def too_little_for_cuda(device_mem: str | None, budget_bytes: int, overhead_bytes: int) -> str:
+    """Return the message for a budget of device memory that has no room beside CUDA's context and libraries."""
+    asked = "the device's free memory" if device_mem is None else f"device_mem={device_mem!r}"
+    return (
+        f"{asked} ({format_size(budget_bytes)}) has no room for a model: CUDA's context and libraries alone take "
+        f"{format_size(overhead_bytes)}: {'free some memory of the device' if device_mem is None else 'raise device_mem'}"
+    )
 
 
 def has_device_tier(device: str) -> bool:
@@ -92,6 +103,7 @@ class Overheads:
         per_unit: Seconds for each unit that streams in a pass.
         per_layer_and_micro_batch: Seconds of the modules' own code and of switching, for each layer and micro-batch.
         per_gathered_row: Seconds for each row of an embedding that is not resident.
+        per_operation: Seconds of the host to launch an operation on a device; 0 where that is not known. It is part of the others.
     """
 
     per_pass: float
@@ -99,6 +111,7 @@ class Overheads:
     per_unit: float
     per_layer_and_micro_batch: float
     per_gathered_row: float
+    per_operation: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,8 +146,8 @@ class Machine:
         disk_write: Bytes/s written to it, without the page cache.
         disk_core_seconds_per_byte: The processor time of reading a byte.
         disk_request: The additional cost of each small read or write.
-        disk_slowdown: How many times longer reading takes while a CPU device computes.
-        compute_slowdown: How many times longer a CPU device computes while the disk is read.
+        disk_slowdown: How many times longer reading takes while the host computes: all there is on a CPU device, attention beside another.
+        compute_slowdown: How many times longer that takes while the disk is read.
         host_memory: Bytes/s of plain reads by all cores.
         host_to_device: Bytes/s of the link to the device; None where there is no separate device.
         device_to_host: Bytes/s of the link back; None where there is no separate device.
@@ -148,6 +161,11 @@ class Machine:
         casts: By stored dtype or format and computed dtype ("float16 bfloat16", "mxfp4 bfloat16"), bytes/s that a decode stage yields; for
             rounding numbers of a dtype see `int8_name`.
         overheads: Seconds that do not depend on how many bytes are moved or FLOPs computed.
+        duplex_slowdown: How many times longer a copy in one direction of a link takes beside copies in the other.
+        link_slowdown: How many times longer copies to a device take while the host attends.
+        host_slowdown: How many times longer the host attends while copies go to a device.
+        device_casts: What `casts` is of the host, of a device that decodes units itself.
+        source: Where the figures of a datasheet or paper stand, for people.
     """
 
     name: str
@@ -175,6 +193,11 @@ class Machine:
     overheads: Overheads
     versions: dict[str, str] = dataclasses.field(default_factory=dict[str, str])
     busy_cores: float = 0.0
+    duplex_slowdown: Positive = 1.0
+    link_slowdown: Positive = 1.0
+    host_slowdown: Positive = 1.0
+    device_casts: dict[str, Rate] = dataclasses.field(default_factory=dict[str, Rate])
+    source: str = ""
 
     @property
     def io_threads(self) -> int:
@@ -207,6 +230,10 @@ class Machine:
         return json.dumps(dataclasses.asdict(self), indent=2)
 
 
+# What descriptions of machines need not have.
+_ADDED: dict[str, Any] = {"duplex_slowdown": 1.0, "link_slowdown": 1.0, "host_slowdown": 1.0, "device_casts": {}, "source": ""}
+
+
 def read_machine(text: str) -> Machine:
     """Return the machine that a JSON text describes.
 
@@ -222,6 +249,10 @@ def machine_of(fields: Any) -> Machine:
     Raises:
         OptionError: A key is unknown or missing, a value is impossible (the message names both), or the value is not a JSON object.
     """
+    if isinstance(fields, dict):
+        fields = _ADDED | cast(dict[str, Any], fields)
+        if isinstance(costs := fields.get("overheads"), dict):
+            fields["overheads"] = {"per_operation": 0.0} | cast(dict[str, Any], costs)
     return dataclass_from_json(Machine, fields, NOT_A_MACHINE)
 
 
@@ -235,12 +266,13 @@ class Limits:
         host_source: Where that budget comes from, for people.
         host_total_bytes: The hard limit above it (physical memory, a control group, an rlimit).
         host_total_source: Where the hard limit comes from, for people.
-        device_bytes: The budget of device memory; 0 on a CPU device.
+        device_bytes: The budget of device memory for the whole process, context and libraries included; 0 on a CPU device.
         device_total_bytes: The memory that the device has; 0 on a CPU device.
         disk_bytes: The budget for spilled KV on the offload folder's file system.
         disk_total_bytes: The size of that file system.
         offload_dir: The folder in which a fresh offload folder is made.
         offload_in_memory: Whether that folder lies on a memory file system: its bytes then count as host bytes.
+        device_overhead_bytes: Of the budget of device memory, what a CUDA context and its libraries take; 0 on other devices.
     """
 
     device: str
@@ -254,3 +286,4 @@ class Limits:
     disk_total_bytes: int
     offload_dir: str
     offload_in_memory: bool
+    device_overhead_bytes: int = 0

@@ -12,6 +12,9 @@ SCORED_SLICE_BYTES = 32 * MIB  # logits of scored positions that are held at a t
 INT8_SUMS_BYTES = 8 * MIB  # sums of products in int8 that are held at a time
 SPARSE_SCORES_BYTES = 4 * MIB  # scores that are sorted at a time where generated tokens are computed again under sparse attention
 SPARSE_KV_BYTES = 16 * MIB  # keys and values that are held in float32 at a time where kernels in plain torch attend sparsely
+# Temporary tensors of attention on a device that are held at a time, where the sequences of a pass need as many; and how many copies of the
+# keys and values of a layer, in the dtype of computing, they amount to at most: codes of few bits become float32 numbers.
+ATTENTION_BYTES, ATTENTION_COPIES = 64 * MIB, 10
 LEAST_KEPT = 64  # positions that a head keeps at least under sparse attention: four pages
 HOME_ALIGNMENT = 4096  # units in host memory beside a device take whole pages, from which the link copies them
 # Units that are open at a time and were decoded for that: on a CPU, and on a device, which decodes a unit only when it computes with it.

@@ -17,31 +17,60 @@ from flexgen.plan.price.pass_time import elementwise_bytes
 from flexgen.profile.timing import measured_rate, median_seconds
 
 DENSE_ROWS = (1, 16, 64, 128, 256, 512, 1024)
+DEVICE_ROWS = (2048, 4096, 8192, 16384)  # beside those, on a device: large ones reach their best rate late
+QUEUED, MOST_QUEUED_ROWS = 10, 1024  # calls on a device before the host waits, and the rows up to which its waiting would count
 DENSE_SHAPES = ((4096, 4096), (8192, 3072))  # (out features, in features)
 ATTENTION_TOKENS = (256, 512, 1024)
 # (query heads, key heads): 1, 4 and 8 FLOPs per byte of KV in a dtype of two bytes.
 STEP_HEADS = ((16, 16), (16, 4), (32, 4))
+LAUNCHES = 200  # fewer than a device's queue holds, so that launching them waits for nothing
 HEAD_DIM, PAGE_TOKENS, STEP_TOKENS = 128, 16, 512
 
 
 def dense_rates(where: torch.device, dtype: torch.dtype, max_bytes: int, seconds: float) -> Curve:
     """Measure linear layers: (rows, FLOP/s), over shapes and rounds."""
-    rounds: dict[int, list[float]] = {rows: [] for rows in DENSE_ROWS}
+    row_counts = DENSE_ROWS if where.type == "cpu" else (*DENSE_ROWS, *DEVICE_ROWS)
+    rounds: dict[int, list[float]] = {rows: [] for rows in row_counts}
     began = time.perf_counter()
-    while not rounds[DENSE_ROWS[0]] or time.perf_counter() - began < seconds / 2:  # the next round takes as long as those before
+    while not rounds[row_counts[0]] or time.perf_counter() - began < seconds / 2:  # the next round takes as long as those before
         for shape in DENSE_SHAPES:
             features_out, features_in = shrunken(shape, dtype.itemsize, max_bytes // 3)  # the library may pack it once more
             weight = random_numbers((features_out, features_in), where, dtype)
-            for rows in DENSE_ROWS:
-                if rounds[DENSE_ROWS[0]] and time.perf_counter() - began > 2 * seconds:
+            for rows in row_counts:
+                if rounds[row_counts[0]] and time.perf_counter() - began > 2 * seconds:
                     break
                 if rows * (features_in + features_out) * dtype.itemsize > max_bytes // 3:
                     break
                 x = random_numbers((rows, features_in), where, dtype)
-                taken = median_seconds(lambda x=x, weight=weight: wait(torch.nn.functional.linear(x, weight)), seconds / 15)
-                rounds[rows].append(2 * rows * features_in * features_out / taken)
+                run, calls = queued(lambda x=x, weight=weight: torch.nn.functional.linear(x, weight), where, rows)
+                rounds[rows].append(2 * rows * features_in * features_out * calls / median_seconds(run, seconds / 15))
             del weight
     return tuple((float(rows), Rate.of(rates)) for rows, rates in rounds.items() if rates)
+
+
+def queued(call: Callable[[], torch.Tensor], where: torch.device, rows: int = 1) -> tuple[Callable[[], None], int]:
+    """Return a function that makes some calls for so many rows and waits for the last, and the number of calls.
+
+    On a device several are queued, as in a pass, so that what the host takes to launch and to wait does not count.
+    """
+    number = 1 if where.type == "cpu" or rows > MOST_QUEUED_ROWS else QUEUED
+
+    def run() -> None:
+        for _ in range(number - 1):
+            call()
+        wait(call())
+
+    return run, number
+
+
+def launch_seconds(where: torch.device, seconds: float) -> float:
+    """Measure what the host takes to launch a small operation on a device, Python included; the device is faster than that."""
+    numbers = torch.zeros(16, device=where)
+
+    def launch() -> torch.Tensor:
+        return numbers.add_(1)
+
+    return 1 / measured_rate(LAUNCHES, lambda: [launch() for _ in range(LAUNCHES)], seconds).typical
 
 
 def keep_busy(where: torch.device, dtype: torch.dtype, max_bytes: int, seconds: float) -> None:
@@ -153,10 +182,12 @@ def _steps(
     starts = torch.zeros(sequences, dtype=torch.int64, device=where)
     out = torch.empty_like(query)
 
-    def run() -> None:
-        wait(out, kernels.decode_attention(query, keys, values, tables, starts, starts + STEP_TOKENS, scaling=HEAD_DIM**-0.5, out=out))
+    def call() -> torch.Tensor:
+        kernels.decode_attention(query, keys, values, tables, starts, starts + STEP_TOKENS, scaling=HEAD_DIM**-0.5, out=out)
+        return out
 
-    return run, sequences * STEP_TOKENS * token_bytes
+    run, calls = queued(call, where)
+    return run, sequences * STEP_TOKENS * token_bytes * calls
 
 
 def device_elementwise_rate(where: torch.device, dtype: torch.dtype, max_bytes: int, seconds: float) -> Rate:
@@ -170,13 +201,15 @@ def device_elementwise_rate(where: torch.device, dtype: torch.dtype, max_bytes: 
         wide = state.float()
         return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)).to(dtype)
 
-    def layer() -> None:
+    def layer() -> torch.Tensor:
         state = norm(x)
         turned = torch.cat((-state[:, hidden // 2 :], state[:, : hidden // 2]), -1)
         state = x + (state * cosine + turned * cosine)
-        wait(state + norm(state), torch.nn.functional.silu(gate) * up)
+        torch.nn.functional.silu(gate) * up  # pyright: ignore[reportUnusedExpression]
+        return state + norm(state)
 
-    return measured_rate(rows * elementwise_bytes(hidden, intermediate, dtype_name(dtype)), layer, seconds)
+    run, calls = queued(layer, where)
+    return measured_rate(calls * rows * elementwise_bytes(hidden, intermediate, dtype_name(dtype)), run, seconds)
 
 
 def page_memory(size_bytes: int, where: torch.device) -> torch.Tensor:

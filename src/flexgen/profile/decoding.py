@@ -1,4 +1,4 @@
-"""Measures how fast the host decodes number formats, from random stored numbers; only those that a model needs."""
+"""Measures how fast the host and a device decode number formats, from random stored numbers; only those that a model needs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -17,6 +17,7 @@ from flexgen.formats.random_numbers import encoded_as, sampled_parts
 from flexgen.formats.table import COMMON_CONFIGS, stated_format
 from flexgen.kernels.threads import KernelThreads
 from flexgen.plan.machine import Machine, Rate, rounded_from
+from flexgen.profile.compute import queued
 from flexgen.profile.timing import measured_rate
 
 logger = logging.getLogger(__name__)
@@ -34,17 +35,29 @@ def with_formats(machine: Machine, dtype: str, formats: Iterable[str], max_bytes
             their rates are estimated.
         max_bytes: The most memory of all buffers at the same time.
     """
-    decoded = dict.fromkeys(rounded_from(name) or name for name in formats)
-    wanted = [name for name in decoded if name in COMMON_CONFIGS and f"{name} {dtype}" not in machine.casts]
-    if not wanted:
-        return machine
-    step(f"measuring how fast {', '.join(wanted)} is decoded")
-    computed, rates = getattr(torch, dtype), dict[str, Rate]()
+    names = [name for name in dict.fromkeys(rounded_from(each) or each for each in formats) if name in COMMON_CONFIGS]
+    computed = getattr(torch, dtype)
+    on_host = [name for name in names if f"{name} {dtype}" not in machine.casts]
+    on_device = [name for name in names if machine.device == "cuda" and f"{name} {dtype}" not in machine.device_casts]
+    if on_host:
+        step(f"measuring how fast {', '.join(on_host)} is decoded")
     with torch.inference_mode(), contextlib.closing(KernelThreads(machine.cores)) as threads:
-        for name in wanted:
-            with contextlib.suppress(EngineError, UnsupportedModelError):  # what does not run has no rate
-                rates[f"{name} {dtype}"] = _rate(*example(name, max_bytes // 16), computed, threads)
-    return dataclasses.replace(machine, casts=machine.casts | rates) if rates else machine
+        casts = _rates(on_host, dtype, max_bytes, lambda number_format, encoding: _rate(number_format, encoding, computed, threads))
+        cuda = torch.device("cuda")
+        there = _rates(on_device, dtype, max_bytes, lambda number_format, encoding: device_rate(number_format, encoding, computed, cuda))
+    if not casts and not there:
+        return machine
+    return dataclasses.replace(machine, casts=machine.casts | casts, device_casts=machine.device_casts | there)
+
+
+def _rates(names: Iterable[str], dtype: str, max_bytes: int, measure: Callable[[NumberFormat, Encoding], Rate | None]) -> dict[str, Rate]:
+    """Return the rates of those formats that run, by the names of casts."""
+    rates: dict[str, Rate] = {}
+    for name in names:
+        with contextlib.suppress(EngineError, UnsupportedModelError):  # what does not run has no rate
+            if (rate := measure(*example(name, max_bytes // 16))) is not None:
+                rates[f"{name} {dtype}"] = rate
+    return rates
 
 
 def example(name: str, num_elements: int) -> tuple[NumberFormat, Encoding]:
@@ -65,3 +78,18 @@ def _rate(number_format: NumberFormat, encoding: Encoding, dtype: torch.dtype, t
     parts = sampled_parts(number_format, encoding)
     out = encoding.laid_out(torch.empty(math.prod(encoding.shape), dtype=dtype))
     return measured_rate(out.nbytes, lambda: encoding.format.decode(parts, 0, out, threads.over), FORMAT_SECONDS)
+
+
+def device_rate(number_format: NumberFormat, encoding: Encoding, dtype: torch.dtype, where: torch.device) -> Rate | None:
+    """Measure the bytes per second of numbers that a device decodes; None for a format that the host decodes for it."""
+    if not encoding.format.carried_as_stored:
+        return None
+    parts = [part.to(where) for part in sampled_parts(number_format, encoding)]
+    out = encoding.laid_out(torch.empty(math.prod(encoding.shape), dtype=dtype, device=where))
+
+    def decode() -> torch.Tensor:
+        encoding.format.decode(parts, 0, out)
+        return out
+
+    run, calls = queued(decode, where)
+    return measured_rate(calls * out.nbytes, run, FORMAT_SECONDS)

@@ -21,7 +21,7 @@ from flexgen.profile import measure as measuring
 from flexgen.profile.decoding import with_formats
 from flexgen.profile.disk import writable
 from flexgen.profile.int8 import with_int8
-from flexgen.profile.measure import MAX_BYTES, num_cores, processor
+from flexgen.profile.measure import DEVICE_BYTES, MAX_BYTES, num_cores, processor
 from flexgen.profile.repeat import best_of, is_disturbed
 from flexgen.profile.sparse import with_sparse
 
@@ -36,6 +36,7 @@ def cached_machine(
     cache_dir: Path | None = None,
     quick: bool = False,
     max_bytes: int = MAX_BYTES,
+    device_bytes: int = DEVICE_BYTES,
     again: bool = False,
     formats: Iterable[str] = (),
     sparse: float | None = None,
@@ -54,7 +55,8 @@ def cached_machine(
         folder: Folder that weights stream from.
         cache_dir: Folder of kept measurements; None is flexgen's own.  One that cannot be read or written is not used.
         quick: Whether a quick measurement is enough.
-        max_bytes: Most memory of all buffers at the same time.
+        max_bytes: Most host memory of all buffers at the same time.
+        device_bytes: The same of a CUDA device's memory.
         again: Whether to measure even if there is a measurement.
         formats: Names of the number formats whose decoding has to be known, as in ModelSpec.decoded_from; those that do not run are left
             out. If numbers are rounded to int8 after it, products in int8 have to be known, too.
@@ -63,7 +65,7 @@ def cached_machine(
     before = kept_machine(device, dtype, folder, cache_dir=cache_dir, quick=quick)
     if not again and before is not None:
         return _completed(before, dtype, formats, sparse, _place(device, dtype, folder, cache_dir), max_bytes)
-    machine = measuring.measure(device, [dtype], folder, quick=quick, max_bytes=max_bytes)
+    machine = measuring.measure(device, [dtype], folder, quick=quick, max_bytes=max_bytes, device_bytes=device_bytes)
     if is_disturbed(machine):
         logger.warning(
             "other programs kept %.1f cores busy while this machine was measured, so plans may promise too little: "
@@ -150,7 +152,7 @@ def machine_key(device: str, dtype: str, folder: Path) -> dict[str, str | int]:
         "numba": metadata.version("numba"),
         "dtype": dtype,
         "device": device,
-        "version": 13,
+        "version": 14,
     }
 
 

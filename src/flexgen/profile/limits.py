@@ -6,15 +6,32 @@ import os
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 from flexgen.base.quantities import GIB, format_size, parse_size
 from flexgen.errors import CapacityError, OptionError
 from flexgen.options import EngineOptions
-from flexgen.plan.machine import DEVICE_SHARE, DISK_SHARE, HOST_SHARE, Limits, has_device_tier
+from flexgen.plan.machine import DEVICE_SHARE, DISK_SHARE, HOST_SHARE, Limits, has_device_tier, too_little_for_cuda
 from flexgen.profile.system import Ceiling, file_system, host_ceilings, own_memory
 
 SIM_DEVICE_BYTES = 1 * GIB
 MEMORY_FILE_SYSTEMS = ("tmpfs", "ramfs", "hugetlbfs", "devtmpfs")
+
+
+class CardMemory(NamedTuple):
+    """The memory of a GPU, by its driver's count.
+
+    Attributes:
+        free_bytes: What no program has taken.
+        total_bytes: All of it.
+        taken_bytes: What this process has taken.
+        overhead_bytes: What its CUDA context and libraries take beside all tensors.
+    """
+
+    free_bytes: int
+    total_bytes: int
+    taken_bytes: int = 0
+    overhead_bytes: int = 0
 
 
 def find_limits(
@@ -23,24 +40,24 @@ def find_limits(
     root: Path = Path("/"),
     rlimits: Mapping[str, int] | None = None,
     disk_space: Callable[[Path], tuple[int, int]] | None = None,
-    cuda_memory: Callable[[], tuple[int, int] | None] | None = None,
+    cuda_memory: Callable[[], CardMemory | None] | None = None,
 ) -> Limits:
     """Find the hard budgets of this process, from the options and from what the system allows.
 
     Host: the option, or 80 % of what is available now (this process's own memory counts as available to it).  Device: the option, or
-    90 % of the free memory of a GPU, or 1 GiB for the simulated one.  Disk: the option, or 80 % of what is free; 0 in a memory file
-    system unless asked for.  A percentage refers to the total.
+    90 % of the free memory of a GPU (what this process has taken counts as free), or 1 GiB for the simulated one.  Disk: the option, or
+    80 % of what is free; 0 in a memory file system unless asked for.  A percentage refers to the total.
 
     Args:
         options: The user's options.
         root: Folder below which the files of the system are read, so that tests can show another machine.
         rlimits: "RLIMIT_AS" and "RLIMIT_DATA" -> bytes, where set; None asks the system.
         disk_space: Function from a folder to its (free, total) bytes; None asks the system.
-        cuda_memory: Function that returns (free, total) bytes of the GPU, or None without a GPU; None asks torch.
+        cuda_memory: Function that returns the memory of the GPU, or None without a GPU; None measures it.
 
     Raises:
         OptionError: A size cannot be read, or belongs to a tier that the device does not have.
-        CapacityError: A budget is larger than the hard limit above it.
+        CapacityError: A budget is larger than the hard limit above it, or that of the device has no room beside CUDA itself.
     """
     cuda_memory = cuda_memory or _cuda_memory
     device = find_device(options.device, cuda_memory)
@@ -48,7 +65,7 @@ def find_limits(
     ceilings = list(host_ceilings(root, rlimits))
     hard = min(ceilings, key=lambda ceiling: ceiling.total_bytes)
     tightest = min(ceilings, key=lambda ceiling: ceiling.available_bytes)
-    device_bytes, device_total = _device_budget(device, options.device_mem, hard.total_bytes, cuda_memory)
+    device_bytes, device_total, overhead = _device_budget(device, options.device_mem, hard.total_bytes, cuda_memory)
     host_bytes, host_source = _host_budget(options.host_mem, hard, tightest, device_bytes if device == "sim" else 0, root)
     folder = Path(options.offload_dir or tempfile.gettempdir())
     in_memory = file_system(root, _existing(folder)) in MEMORY_FILE_SYSTEMS
@@ -65,10 +82,11 @@ def find_limits(
         disk_total_bytes=disk_total,
         offload_dir=str(folder),
         offload_in_memory=in_memory,
+        device_overhead_bytes=overhead,
     )
 
 
-def find_device(wanted: str, cuda_memory: Callable[[], tuple[int, int] | None] | None = None) -> str:
+def find_device(wanted: str, cuda_memory: Callable[[], CardMemory | None] | None = None) -> str:
     """Return the device that is meant by the option; "auto" is a GPU if there is one."""
     if wanted != "auto":
         return wanted
@@ -105,31 +123,33 @@ def _host_budget(wanted: str | None, hard: Ceiling, tightest: Ceiling, simulated
 # Device and disk
 
 
-def _device_budget(device: str, text: str | None, host_total: int, cuda_memory: Callable[[], tuple[int, int] | None]) -> tuple[int, int]:
-    """Return the device's budget and total in bytes."""
+def _device_budget(device: str, text: str | None, host_total: int, cuda_memory: Callable[[], CardMemory | None]) -> tuple[int, int, int]:
+    """Return the device's budget and total in bytes, and what of the budget CUDA itself takes."""
     if not has_device_tier(device):
         if text is not None:
             raise OptionError(f"device_mem={text!r}: on a CPU device there is no device tier; use host_mem")
-        return 0, 0
+        return 0, 0, 0
     if device == "sim":
         budget = SIM_DEVICE_BYTES if text is None else parse_size(text, total_bytes=host_total, name="device_mem=")
-        return budget, budget
+        return budget, budget, 0
     memory = cuda_memory()
     if memory is None:
         raise OptionError("device='cuda': this torch sees no CUDA device; use device='cpu'")
-    free, total = memory
-    if text is None:
-        return int(DEVICE_SHARE * free), total
-    budget = parse_size(text, total_bytes=total, name="device_mem=")
+    free, total, taken, overhead = memory
+    budget = int(DEVICE_SHARE * (free + taken)) if text is None else parse_size(text, total_bytes=total, name="device_mem=")
     if budget > total:
         raise CapacityError(f"device_mem={text!r} ({format_size(budget)}) is more than the device has ({format_size(total)})")
-    return budget, total
+    if budget <= overhead:
+        raise CapacityError(too_little_for_cuda(text, budget, overhead))
+    return budget, total, overhead
 
 
-def _cuda_memory() -> tuple[int, int] | None:
-    import torch
+def _cuda_memory() -> CardMemory | None:
+    from flexgen.devices.cuda_memory import cuda_memory
 
-    return torch.cuda.mem_get_info() if torch.cuda.is_available() else None
+    if (memory := cuda_memory()) is None:
+        return None
+    return CardMemory(memory.free_bytes(), memory.total_bytes, max(memory.taken_bytes(), 0), memory.overhead_bytes)
 
 
 def _disk_budget(folder: Path, text: str | None, in_memory: bool, disk_space: Callable[[Path], tuple[int, int]]) -> tuple[int, int]:

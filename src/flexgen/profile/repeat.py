@@ -14,7 +14,8 @@ AGREEMENT, SLOWER = 0.1, 0.15
 # How often it is measured at most.
 MOST_TIMES = 3
 # Of which less is better, and what is what it is.
-_LESS = ("disk_core_seconds_per_byte", "disk_slowdown", "compute_slowdown", "busy_cores")
+_SLOWDOWNS = ("disk_slowdown", "compute_slowdown", "duplex_slowdown", "link_slowdown", "host_slowdown")
+_LESS = ("disk_core_seconds_per_byte", *_SLOWDOWNS, "busy_cores")
 
 
 def is_disturbed(machine: Machine) -> bool:

@@ -95,6 +95,8 @@ class RunReport:
         value_bytes_seen: Under sparse attention, the bytes of all values that next tokens saw, over all layers; otherwise 0.
         value_bytes_unread: The bytes of these that were not read, as counted; values on disk and on a device are all read.
         peak_host_bytes: The peak resident memory of the process, to compare with `host_budget_bytes`.
+        peak_device_bytes: The peak memory of the process on the device, its context and libraries included, by the driver's count; on the
+            simulated device, which has no driver, the bytes of its arenas.
     """
 
     elapsed_seconds: float

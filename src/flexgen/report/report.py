@@ -44,7 +44,7 @@ def make_report(log: RunLog, plan: Plan, placement: dict[str, dict[str, int]], d
         log: The log of the run.
         plan: The plan that was executed.
         placement: For each tier, the bytes of "weights" and of "kv" (at the peak), as measured.
-        device_bytes: All memory that was allocated on the device.
+        device_bytes: The most memory that was taken on the device.
         context: The other inputs of the report.
     """
     passes, counts = log.passes, log.counts

@@ -11,7 +11,8 @@ from flexgen.errors import ModelError, OptionError
 from flexgen.options import EngineOptions
 from flexgen.plan.known.models import catalogue_name, catalogue_spec, similar_names
 from flexgen.plan.model import ModelSpec
-from flexgen.session.model import compute_dtype, config_dtype, describing
+from flexgen.session.dtypes import compute_dtype, config_dtype
+from flexgen.session.model import describing
 
 if TYPE_CHECKING:
     from flexgen.hub.model_files import ModelFiles
@@ -40,7 +41,7 @@ def files_of(model: str | os.PathLike[str], options: EngineOptions, *, token: st
     return resolve_model(model, revision=options.revision, token=token, with_weights=not is_random, show_progress=show_progress)
 
 
-def spec_of(model: str, options: EngineOptions | None = None, *, device: str, token: str | None = None) -> ModelSpec:
+def spec_of(model: str, options: EngineOptions | None = None, *, device: str, bfloat16: bool = True, token: str | None = None) -> ModelSpec:
     """Return the model as the planner sees it.
 
     Args:
@@ -51,6 +52,7 @@ def spec_of(model: str, options: EngineOptions | None = None, *, device: str, to
             conversion would write it), whether weights are random, in which case the config alone is read, and the revision. If there is
             one, the hub is asked even for a model of the catalogue.
         device: "cpu", "cuda" or "sim".
+        bfloat16: Whether a CUDA device has units for bfloat16.
         token: The access token for the hub, as in `resolve_model`.
 
     Raises:
@@ -60,11 +62,11 @@ def spec_of(model: str, options: EngineOptions | None = None, *, device: str, to
     options = options or EngineOptions()
     if (name := shipped_name(model)) is not None:
         if options.revision is None:
-            spec = _shipped(name, options, device)
+            spec = _shipped(name, options, device, bfloat16=bfloat16)
             return dataclasses.replace(spec, name=model) if "/" in model else spec
         if "/" not in model:
             raise OptionError(f"{model} is a name of the catalogue; a revision ({options.revision}) needs the id of a hub repository")
-    return _described(model, options, device, token)
+    return _described(model, options, device, token, bfloat16=bfloat16)
 
 
 def shipped_name(model: str) -> str | None:
@@ -72,9 +74,9 @@ def shipped_name(model: str) -> str | None:
     return None if Path(model).expanduser().is_dir() else catalogue_name(model)
 
 
-def _shipped(name: str, options: EngineOptions, device: str) -> ModelSpec:
+def _shipped(name: str, options: EngineOptions, device: str, *, bfloat16: bool) -> ModelSpec:
     spec = catalogue_spec(name)
-    dtype = compute_dtype(spec.dtype, device) if options.dtype == "auto" else options.dtype
+    dtype = compute_dtype(spec.dtype, device, bfloat16=bfloat16) if options.dtype == "auto" else options.dtype
     given = options.weight_format, options.kv_format, options.cpu_compute, options.kept_share
     if (dtype, *given) == (spec.dtype, "auto", "auto", "auto", None):
         return spec
@@ -88,7 +90,7 @@ def _shipped(name: str, options: EngineOptions, device: str) -> ModelSpec:
     )  # fmt: skip
 
 
-def _described(model: str, options: EngineOptions, device: str, token: str | None) -> ModelSpec:
+def _described(model: str, options: EngineOptions, device: str, token: str | None, *, bfloat16: bool) -> ModelSpec:
     from flexgen.hub.resolve import resolve_model
 
     try:
@@ -97,16 +99,17 @@ def _described(model: str, options: EngineOptions, device: str, token: str | Non
         if "/" in model or Path(model).expanduser().is_file() or model.lower().endswith((".gguf", ".safetensors")):
             raise
         raise ModelError(f"{error}; nor is it in the catalogue: {', '.join(similar_names(model))}") from error
-    return describe_files(files, options, device=device, token=token)
+    return describe_files(files, options, device=device, bfloat16=bfloat16, token=token)
 
 
-def describe_files(files: ModelFiles, options: EngineOptions, *, device: str, token: str | None = None) -> ModelSpec:
+def describe_files(files: ModelFiles, options: EngineOptions, *, device: str, bfloat16: bool = True, token: str | None = None) -> ModelSpec:
     """Return the model of these files as the planner sees it.
 
     Args:
         files: The model's files, of which the weights may be on the hub.
         options: As for `spec_of`.
         device: "cpu", "cuda" or "sim".
+        bfloat16: As for `spec_of`.
         token: The access token for the hub, as in `resolve_model`.
 
     Raises:
@@ -123,7 +126,8 @@ def describe_files(files: ModelFiles, options: EngineOptions, *, device: str, to
 
     config = read_config(files)
     with describing(files.name):
-        dtype = getattr(torch, compute_dtype(config_dtype(config), device) if options.dtype == "auto" else options.dtype)
+        auto = compute_dtype(config_dtype(config), device, bfloat16=bfloat16)
+        dtype = getattr(torch, auto if options.dtype == "auto" else options.dtype)
         given: dict[str, Any] = {
             "name": files.name, "kv_format": kv_format(options.kv_format, dtype), "cpu_compute": options.cpu_compute,
             "sparse_attention": options.kept_share,

@@ -24,9 +24,10 @@ from flexgen.hub.config import read_config, reason_of
 from flexgen.hub.diagnose import other_quantization
 from flexgen.hub.model_files import ModelFiles
 from flexgen.hub.resolve import resolve_tokenizer
-from flexgen.options import DTYPE_BYTES, EngineOptions
+from flexgen.options import EngineOptions
 from flexgen.plan.machine import Limits
 from flexgen.profile.limits import find_limits
+from flexgen.session.dtypes import compute_dtype, config_dtype, has_bfloat16, without_bfloat16
 from flexgen.text.defaults import token_limits
 from flexgen.text.tokenizer import Tokenizer
 
@@ -103,7 +104,10 @@ class ResolvedModel:
         device = self.limits.device
         if self.options.dtype != "auto":
             return self.options.dtype
-        return compute_dtype(config_dtype(self.config), device)
+        stored, bfloat16 = config_dtype(self.config), has_bfloat16(device)
+        if stored == "bfloat16" and not bfloat16:
+            logger.warning(without_bfloat16("this GPU"))
+        return compute_dtype(stored, device, bfloat16=bfloat16)
 
     def load_tokenizer(
         self, other: str | os.PathLike[str] | None = None, *, revision: str | None = None, token: str | None = None
@@ -205,24 +209,6 @@ class ResolvedModel:
                 cpu_compute=self.options.cpu_compute,
                 sparse_attention=self.options.kept_share,
             )
-
-
-def config_dtype(config: Any) -> str:
-    """Return the dtype that a config states for its weights; float32 where it states none.
-
-    Raises:
-        ModelError: The dtype cannot be computed in.
-    """
-    stored = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None) or "float32"
-    name = str(stored).removeprefix("torch.")
-    if name not in DTYPE_BYTES:
-        raise ModelError(f"config.json has dtype {str(stored)[:40]}, which cannot be computed in: give another, such as dtype='float32'")
-    return name
-
-
-def compute_dtype(stored: str, device: str) -> str:
-    """Resolve "auto": the checkpoint's dtype, but bfloat16 instead of float16 unless on CUDA, because CPUs compute float16 slowly."""
-    return "bfloat16" if stored == "float16" and device != "cuda" else stored
 
 
 @contextlib.contextmanager

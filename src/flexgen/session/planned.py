@@ -115,7 +115,9 @@ def _opened(prepared: Prepared, resources: contextlib.ExitStack, recorder: Recor
         offload = OffloadFolder(Path(limits.offload_dir))
         resources.callback(offload.remove)
         offload_dir = offload.path
-    backend = open_device(limits.device, limits.device_bytes)
+    backend = open_device(limits.device, limits.device_bytes - limits.device_overhead_bytes)
+    if backend is not None:
+        backend.limit(limits.device_bytes)
     engine = Engine(prepared.model, policy, backend=backend, offload_dir=offload_dir, verify_reads=prepared.verify_reads, recorder=recorder)
     return resources.enter_context(engine)
 

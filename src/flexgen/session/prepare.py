@@ -122,8 +122,9 @@ def measured_machine(limits: Limits, weights: Path, total_bytes: int, spec: Mode
         spec: The model, which decides what has to be known.
     """
     return cached_machine(
-        limits.device, spec.dtype, weights, max_bytes=min(256 * MIB, limits.host_bytes // 8), quick=total_bytes < THOROUGH_BYTES,
-        formats=spec.decoded_from, sparse=spec.sparse_attention,
+        limits.device, spec.dtype, weights, max_bytes=min(256 * MIB, limits.host_bytes // 8),
+        device_bytes=min(GIB, limits.device_bytes // 4), quick=total_bytes < THOROUGH_BYTES, formats=spec.decoded_from,
+        sparse=spec.sparse_attention,
     )  # fmt: skip
 
 

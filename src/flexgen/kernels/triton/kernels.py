@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from flexgen.kernels.checks import check_latent_queries, check_prompt, check_queries, check_shapes
+from flexgen.kernels.gathered import GatheredKernels
 from flexgen.kernels.prompts import PagedPrompts
-from flexgen.kernels.reference import AttentionKernels
 from flexgen.kernels.triton.arguments import DTYPES, cap, of_scores, rows_of, seen, sink_logits
 from flexgen.kernels.triton.launch import columns, fits, group_rows, options, run_in_parts, tile_tokens
 from flexgen.kernels.triton.launch_prompts import run_prefill
@@ -20,8 +20,8 @@ from flexgen.kernels.triton.programs import decode, latent
 LATENT_ROWS = 16  # query heads of a program on latents, whose sums are long
 
 
-class PlainKernels(AttentionKernels):
-    """Attention kernels for pages of plain numbers.  For what they do not cover the reference computes."""
+class PlainKernels(GatheredKernels):
+    """Attention kernels for pages of plain numbers.  What they do not cover is computed by torch operations."""
 
     attends_in_pages: ClassVar[bool] = True
 

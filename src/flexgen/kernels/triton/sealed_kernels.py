@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flexgen.kernels.checks import check_prompt, check_sealed_memory, check_sealed_queries, check_shapes, check_stored_part
-from flexgen.kernels.codes import GROUP, HeadCodes, SealedPages, rotated
+from flexgen.kernels.codes import GROUP, HeadCodes, SealedPages
 from flexgen.kernels.triton.arguments import cap, of_scores, rows_of, seen, sink_logits
 from flexgen.kernels.triton.kernels import PlainKernels, covers, latent_arguments, run_latents
 from flexgen.kernels.triton.launch import columns, group_rows, options, run_in_parts, tile_tokens
@@ -23,11 +23,8 @@ MOST_COLUMNS, MOST_LATENT_COLUMNS = 512, 576
 class TritonKernels(PlainKernels):
     """Attention kernels for tensors on a CUDA device of compute capability 8.0 or more.
 
-    For what they do not cover, which is float64, very long heads, and sealed latents in float32, the reference computes.
+    For what they do not cover, which is float64, very long heads, and sealed latents in float32, torch operations are used.
     """
-
-    def __init__(self) -> None:
-        self._rotations: dict[int, Tensor] = {}  # by dimension
 
     def decode_sealed_attention(
         self,
@@ -55,7 +52,7 @@ class TritonKernels(PlainKernels):
         what = seen(num_sequences, page_tables, starts, lengths) | {"query": rows_of(query), "tails": tails.contiguous()}
         keys, key_parameters = _codes(pages.keys, pages.key_codes, kv_heads, page_tokens)
         values, value_parameters = _codes(pages.values, pages.value_codes, kv_heads, page_tokens)
-        turned = self._rotated(query) if pages.key_codes.rotated else None
+        turned = self.rotations(query).contiguous() if pages.key_codes.rotated else None
         rows, tile = group_rows(heads // kv_heads), tile_tokens((key_columns + value_columns) * FLOAT32_BYTES)
         shared: dict[str, Any] = {
             "keys": keys, "key_parameters": key_parameters, "values": values, "value_parameters": value_parameters,
@@ -137,13 +134,6 @@ class TritonKernels(PlainKernels):
         how = of_scores(scaling, softcap, sinks, query.shape[1])
         stored = StoredPart(key=stored_key, value=stored_value, borders=borders, exact_start=exact_start)
         run_prefill(query, rows_of(key), rows_of(value), starts, out, how, stored=stored)
-
-    def _rotated(self, query: Tensor) -> Tensor:
-        """Return queries in float32, rotated as keys are, by one product."""
-        dim = query.shape[2]
-        if dim not in self._rotations:
-            self._rotations[dim] = rotated(torch.eye(dim, device=query.device))
-        return (query.float() @ self._rotations[dim]).contiguous()
 
 
 def _codes(memory: Tensor, codes: HeadCodes, heads: int, page_tokens: int) -> tuple[Tensor, Tensor]:

@@ -93,6 +93,7 @@ class _Box:
     disk_write: Annotated[Any, _rate("disk_write")] = None
     device_bytes: Annotated[Any, _bytes("device_bytes")] = 0
     device_to_host: Annotated[Any, _rate("device_to_host")] = None
+    source: str = ""
 
 
 def is_box(fields: Any) -> bool:
@@ -144,6 +145,7 @@ def box_of(fields: Mapping[str, Any], name: str) -> Machine:
         elementwise={dtype: _share(memory, MEMORY_SHARE if has_device else ELEMENTWISE_SHARE) for dtype in flops},
         casts={f"float16 {dtype}": _share(host_memory, 0.3) for dtype in flops if dtype != "float16"},
         overheads=DRIVEN_DEVICE,
+        source=box.source,
     )
 
 

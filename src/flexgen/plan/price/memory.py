@@ -10,6 +10,8 @@ from flexgen.options import DTYPE_BYTES
 from flexgen.plan.machine import Limits, has_device_tier
 from flexgen.plan.model import ModelSpec, UnitSpec
 from flexgen.plan.policy import (
+    ATTENTION_BYTES,
+    ATTENTION_COPIES,
     DECODED_AT_ONCE,
     DECODING_BYTES,
     DEVICE_SCRATCH_UNITS,
@@ -39,8 +41,8 @@ SORTED_COPIES = 10
 # What is kept of a scored position until its pass is over, and of each of the likeliest tokens beside it: float64 and int64 in tensors,
 # then Python's numbers.
 SCORE_BYTES, LIKELIEST_BYTES = 256, 128
-# The part of host memory for weights that are kept as stored.
-ENCODED = "encoded weights"
+# The part of host memory for weights that are kept as stored, and that of device memory which belongs to no tensor.
+ENCODED, CUDA = "encoded weights", "CUDA context and libraries"
 
 
 def footprint(policy: Policy, spec: ModelSpec, limits: Limits, *, process_bytes: int) -> dict[str, dict[str, int]]:
@@ -84,7 +86,8 @@ def reserved(
         host |= computing
     else:
         host["decoding"] = decoding_bytes
-        tiers["device"] = {**computing, "weights": held["device"], "weight staging": policy.device_ring_bytes, "KV": policy.kv_device_bytes}
+        device = {CUDA: limits.device_overhead_bytes, **computing, "weights": held["device"]}
+        tiers["device"] = device | {"weight staging": policy.device_ring_bytes, "KV": policy.kv_device_bytes}
     if limits.offload_in_memory:
         host["KV in a memory file system"] = policy.kv_disk_bytes
     elif policy.kv_disk_bytes:
@@ -107,7 +110,8 @@ def allowance_bytes(limits: Limits) -> int:
 def activation_bytes(spec: ModelSpec, sizes: JobSizes, policy: Policy, max_num_seqs: int | None = None) -> int:
     """Return the bytes of activations in the worst case: every micro-batch of the largest pass suspended inside an MLP, and one computing.
 
-    They include the logits, the scores, and the copies that attention makes: q, k, v and the result, and the KV of the longest sequence.
+    They include the logits, the scores, and the copies that attention makes: q, k, v and the result, the KV of the longest sequence, and on
+    a device its temporary tensors.
 
     Args:
         spec: The model.
@@ -132,6 +136,8 @@ def activation_bytes(spec: ModelSpec, sizes: JobSizes, policy: Policy, max_num_s
     logits = most * spec.vocab_size * 4 * 2 * sizes.has_answers
     decoded = 2 if spec.kv_format is None else 4  # prompts attend to their own pages as these are stored, too
     attention = 4 * max(running, longest_prompt) * hidden * size + decoded * sizes.layer + _sparse_bytes(spec, sizes, size)
+    if has_device_tier(policy.device):
+        attention += min(ATTENTION_BYTES, ATTENTION_COPIES * max(most, 1) * sizes.layer)
     return int(FRAGMENTATION * (suspended + computing + logits + attention + _scoring_bytes(spec, sizes, policy, most)))
 
 

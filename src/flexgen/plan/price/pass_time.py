@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -60,13 +61,14 @@ class Expectation:
         self._token_seconds = self._num_layers * elementwise_bytes(spec.hidden_size, spec.intermediate_size, dtype) / elementwise
         self._score_seconds = PASSES_PER_LOGIT * LOGIT_BYTES * spec.vocab_size / elementwise
         self._attention = machine.attention[dtype].typical if dtype in machine.attention else self._dense[-1][1].typical
-        self._decoding = decoding_rate(spec, machine, dtype)
+        self._decoding, self._device_decoding = decoding_rate(spec, machine, dtype), device_decoding_rate(spec, machine, dtype)
 
     def resources(self, work: PassWork, policy: Policy, *, times: Mapping[str, float] | None = None) -> dict[str, Any]:
         """Return, by resource, the least seconds that a pass (or each of many) can take because of it.
 
         On a CPU device, reading and computing slow each other down. While both go on, each takes its factor longer; when one ends, the
-        other goes on at its own pace. That makes both linear in both: whichever ends later has the larger value.
+        other goes on at its own pace. That makes both linear in both: whichever ends later has the larger value. Beside another device the
+        same is true of its link's two directions, of the link and attention on the host, and of that and reading.
 
         Args:
             work: The work of a pass; its numbers may be arrays over passes.
@@ -79,20 +81,30 @@ class Expectation:
         return self._together(apart, policy)
 
     def _together(self, apart: dict[str, Any], policy: Policy) -> dict[str, Any]:
-        if has_device_tier(policy.device):
-            return apart
-        disk, compute = apart["disk"], apart["compute"]
-        d, c = self.machine.disk_slowdown, self.machine.compute_slowdown
-        return apart | {"disk": disk + compute * c * (1 - 1 / d), "compute": compute + disk * d * (1 - 1 / c)}
+        together = dict(apart)
+        for one, other, factor, of_other in self._pairs(policy):
+            together[one] = together[one] + apart[other] * of_other * (1 - 1 / factor)
+            together[other] = together[other] + apart[one] * factor * (1 - 1 / of_other)
+        return together
+
+    def _pairs(self, policy: Policy) -> list[tuple[str, str, float, float]]:
+        """Return the pairs of resources that slow each other down, and how many times longer each takes beside the other."""
+        machine = self.machine
+        if not has_device_tier(policy.device):
+            return [("disk", "compute", machine.disk_slowdown, machine.compute_slowdown)]
+        return [
+            ("host_to_device", "device_to_host", machine.duplex_slowdown, machine.duplex_slowdown),
+            ("host_to_device", "host_compute", machine.link_slowdown, machine.host_slowdown),
+            ("disk", "host_compute", machine.disk_slowdown, machine.compute_slowdown),
+        ]
 
     def busy(self, work: PassWork, policy: Policy) -> dict[str, Any]:
         """Return the seconds that each resource is in use in a pass, which are more where another resource slows it down."""
         apart = self.apart(work, policy)
-        if has_device_tier(policy.device):
-            return apart
-        together = self._together(apart, policy)
-        slowed = {"disk": self.machine.disk_slowdown, "compute": self.machine.compute_slowdown}
-        return apart | {name: np.minimum(apart[name] * factor, together[name]) for name, factor in slowed.items()}
+        together, slowed = self._together(apart, policy), dict.fromkeys(apart, 1.0)
+        for one, other, factor, of_other in self._pairs(policy):
+            slowed[one], slowed[other] = slowed[one] * factor, slowed[other] * of_other
+        return {name: np.minimum(seconds * slowed[name], together[name]) for name, seconds in apart.items()}
 
     def apart(self, work: PassWork, policy: Policy) -> dict[str, Any]:
         """Return, by resource, the seconds of a pass (or of each of many), as if each resource worked alone.
@@ -108,6 +120,7 @@ class Expectation:
         compute = compute + work.num_scored * self._score_seconds
         compute = compute + work.num_tokens * self._token_seconds + work.attention_flops / self._attention
         compute = compute + self._steps_seconds("device", work.step_flops, work.step_bytes, work.sparse_step_bytes)
+        compute = compute + work.device_decoded_bytes / self._device_decoding
         lead = micro_batches * self._num_layers * overheads.per_layer_and_micro_batch + work.num_streamed_units * overheads.per_unit
         lead = lead + work.num_sequences * overheads.per_sequence
         lead = lead + work.num_tokens * overheads.per_gathered_row * (not policy.embedding_resident)
@@ -188,6 +201,13 @@ def decoding_rate(spec: ModelSpec, machine: Machine, dtype: str) -> float:
     sizes = spec.decoded_from or {spec.number_format: 1}
     seconds = sum(size / _decoding_rate(name, machine, dtype) for name, size in sizes.items())
     return sum(sizes.values()) / seconds
+
+
+def device_decoding_rate(spec: ModelSpec, machine: Machine, dtype: str) -> float:
+    """Return the bytes/s of decoded numbers where the device decodes a model's units; infinite where none of its formats was measured."""
+    sizes = spec.decoded_from or {spec.number_format: 1}
+    known = {name: rate for name in sizes if (rate := machine.device_casts.get(f"{name} {dtype}")) is not None}
+    return sum(sizes[name] for name in known) / sum(sizes[name] / rate.typical for name, rate in known.items()) if known else math.inf
 
 
 def _decoding_rate(stored: str, machine: Machine, dtype: str) -> float:

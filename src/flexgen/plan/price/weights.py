@@ -101,7 +101,7 @@ def weights_work(spec: ModelSpec, homes: Sequence[str], device: str) -> PassWork
 
     The host decodes before the link, unless the device decodes.
     """
-    disk = link = memory = decoded = streamed = 0
+    disk = link = memory = decoded = on_device = streamed = 0
     for unit, home in zip(spec.units, homes, strict=True):
         crosses = has_device_tier(device) and home != "device"
         decodes = home in ("encoded", "disk") and needs_decode(unit) and not (crosses and unit.encoded_bytes is not None)
@@ -113,8 +113,10 @@ def weights_work(spec: ModelSpec, homes: Sequence[str], device: str) -> PassWork
             memory += unit.disk_bytes + unit.decoded_bytes
             decoded += unit.decoded_bytes
         if crosses:
+            on_device += unit.decoded_bytes * (unit.encoded_bytes is not None)
             link += unit.carried_bytes
             memory += unit.carried_bytes
     return PassWork(
-        disk_read_bytes=disk, host_to_device_bytes=link, host_memory_bytes=memory, decoded_bytes=decoded, num_streamed_units=streamed
-    )
+        disk_read_bytes=disk, host_to_device_bytes=link, host_memory_bytes=memory, decoded_bytes=decoded, device_decoded_bytes=on_device,
+        num_streamed_units=streamed,
+    )  # fmt: skip

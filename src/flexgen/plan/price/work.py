@@ -39,7 +39,8 @@ class PassWork:
         host_sparse_step_bytes: Those of them that count as attended to sparsely.
         host_memory_bytes: The bytes that cross the host's memory bus: disk transfers, copies, decoding, and the KV that next tokens attend
             to where it lives on the host (weights read by a matrix product are part of its rate).
-        decoded_bytes: The bytes that decode stages yield.
+        decoded_bytes: The bytes that decode stages of the host yield.
+        device_decoded_bytes: The bytes that those of a device yield.
         num_tokens: The tokens that are computed, prompts included.
         num_prompt_tokens: The number of those tokens that belong to prompts.
         num_sequences: The sequences whose last token so far is computed: next tokens, and prompts that end.
@@ -65,6 +66,7 @@ class PassWork:
     host_sparse_step_bytes: float = 0
     host_memory_bytes: float = 0
     decoded_bytes: float = 0
+    device_decoded_bytes: float = 0
     num_tokens: float = 0
     num_prompt_tokens: float = 0
     num_sequences: float = 0
@@ -193,6 +195,7 @@ def price(load: PassLoad, spec: ModelSpec, policy: Policy, weights: PassWork) ->
         attention_flops=attended_flops(groups, load.prompt_pairs),
         host_memory_bytes=memory,
         decoded_bytes=weights.decoded_bytes,
+        device_decoded_bytes=weights.device_decoded_bytes,
         num_tokens=tokens,
         num_prompt_tokens=prompt_tokens,
         num_sequences=sum(load.num_prompts.values()) + next_tokens,

@@ -64,7 +64,7 @@ def budgets_of(limits: Limits, spec: ModelSpec, process_bytes: int) -> Budgets:
     return Budgets(
         device=limits.device,
         host_bytes=max(limits.host_bytes - process_bytes - (spec.resident_bytes if on_cpu else 0), 0),
-        device_bytes=0 if on_cpu else max(limits.device_bytes - spec.resident_bytes, 0),
+        device_bytes=0 if on_cpu else max(limits.device_bytes - limits.device_overhead_bytes - spec.resident_bytes, 0),
         disk_bytes=0 if limits.offload_in_memory else limits.disk_bytes,
     )
 

@@ -8,7 +8,9 @@ The JSON files beside this one are read as a user's are: that of the t4-gcp has 
   TFLOP/s for products in prefill, 9.97 for batched ones, and 12.3 GFLOP/s on the host, which is 12.3 GB/s of KV (OPT has one query per
   key).
 * The others are desktops and servers with one NVIDIA GPU and a PCIe 4 disk of 2 TB: dense tensor FLOP/s with float32 sums, memory and link
-  rates as NVIDIA prints them. 16gb-gpu-64gb has an RTX 4060 Ti 16 GB on PCIe 4 x8.
+  rates in one direction as NVIDIA prints them. `source` says where, and which link; of its printed rate 85 % are expected. 16gb-gpu-64gb
+  has an RTX 4060 Ti 16 GB.
+* GPUs before compute capability 8.0 have no rates for bfloat16.
 """
 
 from __future__ import annotations
@@ -23,9 +25,22 @@ from flexgen.base.quantities import format_size, parse_size
 from flexgen.errors import OptionError
 from flexgen.options import EngineOptions
 from flexgen.plan.known.box import box_of, is_box
-from flexgen.plan.machine import DEVICE_SHARE, DISK_SHARE, HOST_SHARE, NOT_A_MACHINE, Limits, Machine, machine_of
+from flexgen.plan.machine import (
+    CUDA_BYTES,
+    DEVICE_SHARE,
+    DISK_SHARE,
+    HOST_SHARE,
+    NOT_A_MACHINE,
+    Limits,
+    Machine,
+    machine_of,
+    too_little_for_cuda,
+)
 
-MACHINES = ("t4-gcp", "16gb-gpu-64gb", "rtx3090-64gb", "rtx4090-64gb", "rtx5090-128gb", "a100-80gb-512gb", "h100-80gb-512gb")
+MACHINES = (
+    "t4-gcp", "t4-64gb", "l4-64gb", "a10g-64gb", "16gb-gpu-64gb", "rtx3060-12gb-32gb", "rtx3090-64gb", "rtx4090-64gb", "rtx5090-128gb",
+    "a100-80gb-512gb", "h100-80gb-512gb",
+)  # fmt: skip
 
 
 def find_machine(name: str) -> Machine:
@@ -64,18 +79,23 @@ def limits_of(machine: Machine, options: EngineOptions) -> Limits:
     if options.device_mem is not None and not machine.device_bytes:
         raise OptionError(f"device_mem={options.device_mem!r}: machine {machine.name!r} has no device tier")
     host = _granted("host_mem", options.host_mem, machine.host_bytes, HOST_SHARE)
+    device = _granted("device_mem", options.device_mem, machine.device_bytes, DEVICE_SHARE)
+    overhead = CUDA_BYTES if machine.device == "cuda" else 0
+    if 0 < overhead >= device:
+        raise OptionError(too_little_for_cuda(options.device_mem, device, overhead))
     return Limits(
         device=machine.device,
         host_bytes=host,
         host_source=f"host_mem={options.host_mem!r}" if options.host_mem else f"{HOST_SHARE:.0%} of what {machine.name} has",
         host_total_bytes=machine.host_bytes,
         host_total_source=machine.name,
-        device_bytes=_granted("device_mem", options.device_mem, machine.device_bytes, DEVICE_SHARE),
+        device_bytes=device,
         device_total_bytes=machine.device_bytes,
         disk_bytes=_granted("disk", options.disk, machine.disk_bytes, DISK_SHARE),
         disk_total_bytes=machine.disk_bytes,
         offload_dir="",
         offload_in_memory=False,
+        device_overhead_bytes=overhead,
     )
 
 
