@@ -16,15 +16,21 @@ from torch import Tensor
 
 from flexgen.errors import EngineError
 from flexgen.kernels.cpu import CpuKernels
+from flexgen.kernels.padded import PaddedKernels
 from flexgen.kernels.reference import AttentionKernels
 
 HALF_ULP = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 0.0, torch.float64: 0.0}
 ACCURACY = {torch.bfloat16: 1e-5, torch.float16: 1e-5, torch.float32: 1e-5, torch.float64: 1e-12}
 
 
-@pytest.fixture(scope="module", params=["reference", "one thread", "three threads"])
+@pytest.fixture(scope="module", params=["reference", "padded", "one thread", "three threads"])
 def kernels(request: pytest.FixtureRequest) -> Iterator[AttentionKernels]:
-    make = {"reference": AttentionKernels, "one thread": lambda: CpuKernels(1), "three threads": lambda: CpuKernels(3)}
+    make = {
+        "reference": AttentionKernels,
+        "padded": PaddedKernels,
+        "one thread": lambda: CpuKernels(1),
+        "three threads": lambda: CpuKernels(3),
+    }
     with make[request.param]() as implementation:
         yield implementation
 

@@ -12,6 +12,7 @@ import torch
 
 from flexgen.kernels.attention import attention_kernels
 from flexgen.kernels.cpu import CpuKernels
+from flexgen.kernels.padded import PaddedKernels
 from flexgen.kernels.reference import AttentionKernels
 
 
@@ -34,13 +35,13 @@ def test_numba_is_imported_only_where_it_computes() -> None:
         ((12, 0), False, "flexgen-engine[triton]"),
     ],
 )
-def test_cuda_devices_without_kernels_have_the_reference_and_a_reason(
+def test_cuda_devices_without_kernels_have_torch_operations_and_a_reason(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, capability: tuple[int, int], installed: bool, reason: str
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if installed else None)
     with caplog.at_level(logging.INFO, "flexgen"), attention_kernels(torch.device("cuda", 0), 2) as kernels:
-        assert type(kernels) is AttentionKernels
+        assert type(kernels) is PaddedKernels
     assert reason in caplog.text
 
 

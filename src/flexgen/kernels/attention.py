@@ -28,22 +28,30 @@ def _cpu_kernels(device: torch.device, num_threads: int) -> AttentionKernels:
     return CpuKernels(num_threads)
 
 
+def _padded_kernels(device: torch.device, num_threads: int) -> AttentionKernels:
+    from flexgen.kernels.padded import PaddedKernels
+
+    return PaddedKernels()
+
+
 def _cuda_kernels(device: torch.device, num_threads: int) -> AttentionKernels:
-    """Triton's kernels where Triton is installed and compiles for the device; elsewhere the reference."""
+    """Triton's kernels where Triton is installed and compiles for the device; elsewhere plain torch operations."""
     capability = torch.cuda.get_device_capability(device)
     if capability < LEAST_CAPABILITY:
         logger.info("attention on the device in plain torch operations: its compute capability is %d.%d, not 8.0 or more", *capability)
-        return AttentionKernels()
+        return _padded_kernels(device, num_threads)
     if importlib.util.find_spec("triton") is None:
         logger.info("attention on the device in plain torch operations: Triton is not installed (pip install 'flexgen-engine[triton]')")
-        return AttentionKernels()
+        return _padded_kernels(device, num_threads)
     from flexgen.kernels.triton.sealed_kernels import TritonKernels
 
     logger.info("attention on the device in Triton's kernels")
     return TritonKernels()
 
 
-KERNELS: dict[str, Callable[[torch.device, int], AttentionKernels]] = {"cpu": _cpu_kernels, "cuda": _cuda_kernels}
+KERNELS: dict[str, Callable[[torch.device, int], AttentionKernels]] = {
+    "cpu": _cpu_kernels, "cuda": _cuda_kernels, "sim": _padded_kernels,
+}  # fmt: skip
 
 
 def warm_up(kernels: AttentionKernels, dtype: torch.dtype) -> None:
