@@ -16,7 +16,7 @@ from tests.engine.test_device_sampler import CountingDevice, mixed
 from tests.models.parity import build, describe, policy, save
 from tests.models.tiny_configs import tiny_config
 
-# Plain attention; windows, caps and queries in groups; learned positions; latents, once with a plain and once with a long context's rotation.
+# Plain attention; windows, caps and queries in groups; learned positions; and latents in three ways.
 FAMILIES = {"llama": {}, "gemma2": {}, "opt": {}, "minicpm3": {}, "youtu": {}, "deepseek_v3": {"first_k_dense_replace": 4}}
 PROMPTS = (5, 9, 3, 23, 17, 8, 2)
 DEVICE_BYTES = 32_000_000

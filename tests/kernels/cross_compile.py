@@ -19,6 +19,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from flexgen.kernels.prompts import paged_prompts
+from flexgen.kernels.triton.random_numbers import exponential_rows
 from flexgen.kernels.triton.sealed_kernels import TritonKernels
 from flexgen.kv.low_bit import LowBitPages, kv_format
 from flexgen.passes.geometry import KVGeometry
@@ -117,6 +118,10 @@ def latents(dtype: torch.dtype, heads: int, rank: int, rope: int) -> Callable[[]
     return call
 
 
+def drawing() -> None:
+    exponential_rows(integers(8, 1), integers(8, 1), 128_256)
+
+
 CASES: dict[str, Callable[[], None]] = {
     "decode-opt": decode(torch.float16, 32, 32, 128, 128),
     "decode-gpt-oss": decode(torch.bfloat16, 64, 8, 64, 64, sinks=numbers(64, dtype=torch.bfloat16)),
@@ -142,6 +147,7 @@ CASES: dict[str, Callable[[], None]] = {
     "prefill-longest": prefill(torch.bfloat16, 4, 2, 1024, 512),
     "prefill-longest-float32": prefill(torch.float32, 4, 2, 512, 256),
     "latents-float32": latents(torch.float32, 16, 512, 64),
+    "random-numbers": drawing,
 }
 
 

@@ -19,7 +19,7 @@ SHARED_BYTES = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 120: 99 << 10}  # of
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed (the extra triton)")
 
 
-@pytest.mark.matrix(2, always=["decode-opt"])
+@pytest.mark.matrix(2, always=["decode-opt", "random-numbers"])
 @pytest.mark.parametrize("case", CASES)
 def test_programs_fit_every_device(case: str, tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flexgen.engine.philox import exponential_rows
+from flexgen.kernels.philox import exponential_rows_on
 from flexgen.plan.policy import SAMPLED_BLOCK_BYTES
 
 # What became of a row.
@@ -159,7 +159,7 @@ def _drawn(numbers: Tensor, draws: Draws) -> Tensor:
         least = numbers.topk(draws.most_kept, dim=-1).values.gather(1, draws.kth.clamp(min=0))
         weights = weights.masked_fill(numbers < least.masked_fill(draws.kth < 0, -torch.inf), 0)
     weights = weights.masked_fill(weights < draws.min_p, 0)
-    noise = exponential_rows(draws.seeds, draws.positions, numbers.shape[1])
+    noise = exponential_rows_on(numbers.device)(draws.seeds, draws.positions, numbers.shape[1])
     if draws.top_p is None:
         return _lowest_of_largest(weights / noise)
     ranked, ids = weights.sort(dim=-1, descending=True, stable=True)  # among equal weights, lower ids enter the nucleus first

@@ -26,10 +26,10 @@ from flexgen.engine.device_rows import (
     logprobs,
     rows_at_once,
 )
-from flexgen.engine.philox import signed
 from flexgen.engine.processors import LogitChanges, changes_logits, logit_changes
 from flexgen.engine.sampler import Sampled, not_finite, nothing_allowed, overflowed
 from flexgen.errors import RequestError
+from flexgen.kernels.philox import signed
 from flexgen.request import TokenLogprobs, TokenRequest
 
 Requests = Sequence[TokenRequest]

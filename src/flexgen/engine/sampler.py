@@ -15,9 +15,9 @@ import numpy as np
 import torch
 
 from flexgen.base.isolation import for_one_request
-from flexgen.engine.philox import exponentials
 from flexgen.engine.processors import changes_beside_guide, changes_logits, process_logits
 from flexgen.errors import RequestError
+from flexgen.kernels.philox import exponentials
 from flexgen.request import TokenLogprobs, TokenRequest
 
 _FIRST_CANDIDATES = 256  # most nuclei are smaller; a larger one costs another partition

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 from collections.abc import Callable
 
 import torch
 
+from flexgen.kernels.available import why_not_triton
 from flexgen.kernels.codes import HeadCodes, SealedPages
 from flexgen.kernels.reference import AttentionKernels
 
 logger = logging.getLogger(__name__)
-
-LEAST_CAPABILITY = (8, 0)  # of a CUDA device; Triton does not compile for older ones
 
 
 def attention_kernels(device: torch.device, num_threads: int) -> AttentionKernels:
@@ -36,12 +34,8 @@ def _padded_kernels(device: torch.device, num_threads: int) -> AttentionKernels:
 
 def _cuda_kernels(device: torch.device, num_threads: int) -> AttentionKernels:
     """Triton's kernels where Triton is installed and compiles for the device; elsewhere plain torch operations."""
-    capability = torch.cuda.get_device_capability(device)
-    if capability < LEAST_CAPABILITY:
-        logger.info("attention on the device in plain torch operations: its compute capability is %d.%d, not 8.0 or more", *capability)
-        return _padded_kernels(device, num_threads)
-    if importlib.util.find_spec("triton") is None:
-        logger.info("attention on the device in plain torch operations: Triton is not installed (pip install 'flexgen-engine[triton]')")
+    if (reason := why_not_triton(device)) is not None:
+        logger.info("attention on the device in plain torch operations: %s", reason)
         return _padded_kernels(device, num_threads)
     from flexgen.kernels.triton.sealed_kernels import TritonKernels
 

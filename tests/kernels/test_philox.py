@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexgen.engine.philox import UINT64, exponential_rows, exponentials, random_bits, signed
+from flexgen.kernels.philox import UINT64, exponential_rows, exponentials, random_bits, signed
 
 integers = st.one_of(st.integers(-(2**70), 2**70), st.sampled_from([0, 1, -1, 2**63 - 1, 2**63, 2**64 - 1, -(2**63)]))
 places = st.one_of(st.integers(0, 10**6), st.integers(0, 2**62))

@@ -1,4 +1,4 @@
-"""The random numbers by which tokens are drawn: on the host one row at a time, on a device all rows of a batch, with the same bits.
+"""The random numbers by which tokens are drawn: on the host one row at a time, on a device all rows of a batch, from the same bits.
 
 The number of an id depends on (seed, position, id) only.  They are streams of the counter-based generator Philox-4x64-10 (Salmon et al.,
 "Parallel random numbers: as easy as 1, 2, 3", SC 2011): the key is the seed, and the counter begins at a place of the position's own.
@@ -6,9 +6,13 @@ The number of an id depends on (seed, position, id) only.  They are streams of t
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
+
+from flexgen.kernels.available import why_not_triton
 
 UINT64 = (1 << 64) - 1
 _ROUNDS = 10
@@ -44,6 +48,15 @@ def exponential_rows(seeds: Tensor, positions: Tensor, size: int) -> Tensor:
     """
     bits = (random_bits(seeds, positions, size) >> _DROPPED_BITS) & ((1 << (64 - _DROPPED_BITS)) - 1)
     return ((bits.double() + 0.5) * 2.0**-52).log().neg()
+
+
+def exponential_rows_on(device: torch.device) -> Callable[[Tensor, Tensor, int], Tensor]:
+    """Return what computes `exponential_rows` on a device: a kernel in Triton where there can be one, which is a single launch."""
+    if device.type != "cuda" or why_not_triton(device) is not None:
+        return exponential_rows
+    from flexgen.kernels.triton.random_numbers import exponential_rows as in_triton
+
+    return in_triton
 
 
 def random_bits(seeds: Tensor, positions: Tensor, size: int) -> Tensor:
