@@ -12,8 +12,6 @@ import numpy as np
 
 from flexgen.request import TokenRequest
 
-_NO_IDS, _NO_NUMBERS = np.empty(0, dtype=np.int64), np.empty(0, dtype=np.float64)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LogitChanges:
@@ -32,14 +30,14 @@ class LogitChanges:
         amounts: What is subtracted from the logit of each, float64.
     """
 
-    allowed: np.ndarray | None = None
-    banned: np.ndarray = _NO_IDS
-    biased: np.ndarray = _NO_IDS
-    biases: np.ndarray = _NO_NUMBERS
-    seen: np.ndarray = _NO_IDS
-    repetition_penalty: float = 1.0
-    generated: np.ndarray = _NO_IDS
-    amounts: np.ndarray = _NO_NUMBERS
+    allowed: np.ndarray | None
+    banned: np.ndarray
+    biased: np.ndarray
+    biases: np.ndarray
+    seen: np.ndarray
+    repetition_penalty: float
+    generated: np.ndarray
+    amounts: np.ndarray
 
 
 def changes_logits(request: TokenRequest) -> bool:
@@ -70,7 +68,7 @@ def logit_changes(request: TokenRequest, generated: Sequence[int], vocab_size: i
     if len(generated) < request.min_tokens:
         banned += request.stop_token_ids
     biases = [(token_id, bias) for token_id, bias in request.logit_bias if 0 <= token_id < vocab_size]
-    seen = amounts = counted = None
+    seen, counted, amounts = _ids(()), _ids(()), np.empty(0)
     if request.repetition_penalty != 1:
         seen = _within(np.unique(np.array([*request.prompt_token_ids, *generated], dtype=np.int64)), vocab_size)
     if request.frequency_penalty != 0 or request.presence_penalty != 0:
@@ -82,10 +80,10 @@ def logit_changes(request: TokenRequest, generated: Sequence[int], vocab_size: i
         banned=_ids({token_id for token_id in banned if 0 <= token_id < vocab_size}),
         biased=_ids(token_id for token_id, _ in biases),
         biases=np.array([bias for _, bias in biases], dtype=np.float64),
-        seen=_NO_IDS if seen is None else seen,
+        seen=seen,
         repetition_penalty=request.repetition_penalty,
-        generated=_NO_IDS if counted is None else counted,
-        amounts=_NO_NUMBERS if amounts is None else amounts,
+        generated=counted,
+        amounts=amounts,
     )
 
 
