@@ -60,7 +60,7 @@ def sample(logits: torch.Tensor, requests: Sequence[TokenRequest], generated: Se
         return []
     tokens: list[int | RequestError] = []
     for row, request, past in zip(logits, requests, generated, strict=True):
-        greedy = lowest_of_largest(row)
+        greedy = lowest_of_largest(row.detach())
         if greedy is None:
             tokens.append(not_finite())
         elif request.temperature > 0 or changes_logits(request):
@@ -78,7 +78,12 @@ def lowest_of_largest(row: torch.Tensor) -> int | None:
     least, largest = torch.aminmax(row)  # NaN if any number is
     if not (math.isfinite(least.item()) and math.isfinite(largest.item())):
         return None
-    return int((row == largest).numpy().argmax())
+    if row.element_size() > 2:
+        return int((row.numpy() == largest.item()).argmax())
+    bits = row.view(torch.int16).numpy()  # NumPy knows no bfloat16, and is slow in float16
+    if not largest.item():  # the one number of two patterns, 0.0 and -0.0
+        return int((bits & 0x7FFF == 0).argmax())
+    return int((bits == largest.view(torch.int16).item()).argmax())
 
 
 def not_finite() -> RequestError:
