@@ -19,6 +19,7 @@ from flexgen.devices.sim import SimulatedDevice
 from flexgen.engine.admission import LengthForecast
 from flexgen.engine.engine import Engine
 from flexgen.engine.sampler import sample
+from flexgen.engine.sampling import Sampler
 from flexgen.errors import StorageError
 from flexgen.kv.pages import PagePool
 from flexgen.kv.read_ahead import ReadAhead
@@ -333,13 +334,15 @@ def test_only_requests_that_never_fit(checkpoint: Checkpoint, tmp_path: Path) ->
 def test_a_row_that_is_not_finite_fails_alone(checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     doomed = (3, 101)  # request indices whose second token has no finite logits
 
-    def broken(logits: torch.Tensor, requests: Any, generated: Any) -> Any:
+    start = Sampler.start
+
+    def broken(sampler: Sampler, logits: torch.Tensor, requests: Any, generated: Any) -> Any:
         for row, (request, past) in enumerate(zip(requests, generated, strict=True)):
             if request.index in doomed and len(past) == 1:
                 logits[row, 17] = torch.nan
-        return sample(logits, requests, generated)
+        return start(sampler, logits, requests, generated)
 
-    monkeypatch.setattr("flexgen.engine.engine.sample", broken)
+    monkeypatch.setattr(Sampler, "start", broken)
     case = Case("cpu", {"host": 0.5, "disk": 0.5}, {"host": ROOM}, "diagonal", 16, 64)
     with Run(checkpoint, case.policy(checkpoint), tmp_path) as run:
         results = run.results()

@@ -11,8 +11,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexgen.engine.sampler import exponentials, sample
+from flexgen.engine.sampler import lowest_of_largest, sample
 from flexgen.errors import RequestError
+from flexgen.kernels.philox import exponentials
 from flexgen.request import TokenRequest
 
 
@@ -37,6 +38,14 @@ def test_greedy_takes_the_first_of_the_largest(dtype):
     logits = random_logits(8, 1000).to(dtype)
     logits[:, 700] = logits[:, 300] = 50.0
     assert sample(logits, [GREEDY] * 8, at(range(8))) == [300] * 8
+
+
+@given(st.lists(st.sampled_from([-1e30, -2.0, -0.0, 0.0, 1.0, 1.5, 1e30, math.inf, -math.inf, math.nan]), min_size=1, max_size=40))
+def test_the_lowest_of_the_largest(values: list[float]) -> None:
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        row = torch.tensor(values, dtype=dtype)
+        wanted = int(np.argmax(row.double().numpy())) if all(map(math.isfinite, values)) else None
+        assert lowest_of_largest(row) == wanted
 
 
 def test_no_rows():

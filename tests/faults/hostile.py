@@ -161,7 +161,7 @@ def _let_code_fail(job: Path, numbers: random.Random) -> None:
 
     which = numbers.randrange(3)
     if which == 0:
-        sampler._choose = failing(sampler._choose, lambda row, request, past: request.prompt_token_ids)
+        sampler._choose = failing(sampler._choose, lambda row, greedy, request, past: request.prompt_token_ids)
     elif which == 1:
         Serving._record = failing(Serving._record, lambda self, request, prompt, results: prompt)
     else:

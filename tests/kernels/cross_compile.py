@@ -21,6 +21,7 @@ from triton.runtime.jit import JITFunction
 from flexgen.kernels.grouped import Window, sorted_pairs
 from flexgen.kernels.prompts import paged_prompts
 from flexgen.kernels.triton.experts import TritonGroupedKernels
+from flexgen.kernels.triton.random_numbers import exponential_rows
 from flexgen.kernels.triton.sealed_kernels import TritonKernels
 from flexgen.kv.low_bit import LowBitPages, kv_format
 from flexgen.passes.geometry import KVGeometry
@@ -142,6 +143,10 @@ def experts(
     return call
 
 
+def drawing() -> None:
+    exponential_rows(integers(8, 1), integers(8, 1), 128_256)
+
+
 CASES: dict[str, Callable[[], None]] = {
     "decode-opt": decode(torch.float16, 32, 32, 128, 128),
     "decode-gpt-oss": decode(torch.bfloat16, 64, 8, 64, 64, sinks=numbers(64, dtype=torch.bfloat16)),
@@ -174,6 +179,7 @@ CASES: dict[str, Callable[[], None]] = {
     "experts-uneven": experts(torch.bfloat16, 900, 3, 40, 1000, 333, biased=True, inputs_first=True),
     "experts-float32": experts(torch.float32, 512, 2, 8, 4096, 1024),
     "experts-one": experts(torch.bfloat16, 64, 1, 2, 5120, 8192),
+    "random-numbers": drawing,
 }
 
 

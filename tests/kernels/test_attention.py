@@ -24,7 +24,11 @@ ACCURACY = {torch.bfloat16: 1e-5, torch.float16: 1e-5, torch.float32: 1e-5, torc
 
 @pytest.fixture(scope="module", params=["reference", "one thread", "three threads"])
 def kernels(request: pytest.FixtureRequest) -> Iterator[AttentionKernels]:
-    make = {"reference": AttentionKernels, "one thread": lambda: CpuKernels(1), "three threads": lambda: CpuKernels(3)}
+    make = {
+        "reference": AttentionKernels,
+        "one thread": lambda: CpuKernels(1),
+        "three threads": lambda: CpuKernels(3),
+    }
     with make[request.param]() as implementation:
         yield implementation
 

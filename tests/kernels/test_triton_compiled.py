@@ -43,7 +43,7 @@ def compiled(script: Path, case: str, cache: Path) -> list[dict[str, Any]]:
     return found
 
 
-@pytest.mark.matrix(2, always=["decode-opt"])
+@pytest.mark.matrix(2, always=["decode-opt", "random-numbers"])
 @pytest.mark.parametrize("case", cases_of(ATTENTION))
 def test_programs_fit_every_device(case: str, tmp_path: Path) -> None:
     compiled(ATTENTION, case, tmp_path)

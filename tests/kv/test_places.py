@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 
+from flexgen.devices.packed import PackedCopies
 from flexgen.devices.sim import SimulatedDevice
 from flexgen.errors import StorageError
 from flexgen.io.pool import IOPool
@@ -139,7 +140,11 @@ class Bench:
     tier: str
     close: list[Callable[[], None]] = field(default_factory=list)
     tolerance: float = 1e-9
-    device: torch.device = CPU
+    copies: PackedCopies = field(default_factory=lambda: PackedCopies(None))
+
+    @property
+    def device(self) -> torch.device:
+        return self.copies.device
 
     def batches(self, pieces: list[Piece], choose: random.Random) -> list[list[Piece]]:
         """Micro-batches as the place allows them: chunks one after the other, kinds apart where they must be."""
@@ -159,6 +164,8 @@ class Bench:
         batches = self.batches(pieces, choose)
         views = [self.place.view([as_slice(piece) for piece in batch]) for batch in batches]
         self.place.begin_pass(views)  # type: ignore[arg-type]
+        for view in views:
+            view.device_groups = self.copies.to_device(view.device_groups)
         for index in range(len(LAYERS)):
             answers = [attend(view, index, batch, self.device) for view, batch in zip(views, batches, strict=True)]
             for answer, batch in zip(answers, batches, strict=True):
@@ -212,7 +219,7 @@ def poisoned(size_bytes: int) -> torch.Tensor:
 
 def open_local(folder: Path, groups: Groups = GROUPS) -> Bench:
     pool = PagePool(groups, [NUM_PAGES] * len(groups), poisoned)
-    place = LocalPlace(pool, AttentionKernels(), CPU)
+    place = LocalPlace(pool, AttentionKernels())
     return Bench(place, KVCache(groups, {"host": pool}), "host")
 
 
@@ -231,7 +238,7 @@ class InPages(AttentionKernels):
 
 def open_local_in_pages(folder: Path, groups: Groups = GROUPS) -> Bench:
     pool = PagePool(groups, [NUM_PAGES] * len(groups), poisoned)
-    return Bench(LocalPlace(pool, InPages(), CPU), KVCache(groups, {"host": pool}), "host")
+    return Bench(LocalPlace(pool, InPages()), KVCache(groups, {"host": pool}), "host")
 
 
 def open_gathered(folder: Path, groups: Groups = GROUPS) -> Bench:
@@ -249,14 +256,14 @@ def open_host(folder: Path, groups: Groups = GROUPS) -> Bench:
     device = SimulatedDevice(1 << 20, max_delay_seconds=0.0001)
     pool = PagePool(groups, [NUM_PAGES] * len(groups), poisoned)
     place = HostPlace(pool, host_attention(groups, device))
-    return Bench(place, KVCache(groups, {"host": pool}), "host", [device.close], device=device.device)
+    return Bench(place, KVCache(groups, {"host": pool}), "host", [device.close], copies=PackedCopies(device))
 
 
 def open_disk(folder: Path, groups: Groups = GROUPS, *, device: SimulatedDevice | None = None, num_tails: int = 0) -> Bench:
     tail_bytes = num_tails * sum(group.page_bytes for group in groups)
     pool, io = DiskPool(groups, [NUM_PAGES] * len(groups), folder, tail_bytes=tail_bytes), IOPool(2)
     place = DiskPlace(pool, host_attention(groups, device), io, staging_bytes=4096)
-    return Bench(place, KVCache(groups, {"disk": pool}), "disk", [io.close], device=CPU if device is None else device.device)
+    return Bench(place, KVCache(groups, {"disk": pool}), "disk", [io.close], copies=PackedCopies(device))
 
 
 def open_disk_beside_device(folder: Path, groups: Groups = GROUPS) -> Bench:

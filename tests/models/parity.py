@@ -24,8 +24,8 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfi
 from transformers.utils import logging as transformers_logging
 
 from flexgen.devices.sim import SimulatedDevice
-from flexgen.engine import engine as engine_module
 from flexgen.engine.engine import Engine
+from flexgen.engine.sampling import Sampler
 from flexgen.models.assemble import AssembledModel, assemble_model
 from flexgen.plan.policy import Fractions, Policy
 from flexgen.request import TokenRequest
@@ -160,14 +160,14 @@ def answered(
     """What the engine answers."""
     answers = Answers()
     rows: dict[int, list[torch.Tensor]] = {request.index: [] for request in requests}
-    original = engine_module.sample
+    original = Sampler.start
 
-    def recording(logits: torch.Tensor, sampled: list[TokenRequest], generated: list[list[int]]) -> object:
+    def recording(sampler: Sampler, logits: torch.Tensor, sampled: list[TokenRequest], generated: list[list[int]]) -> object:
         for row, request in zip(logits, sampled, strict=True):
             rows[request.index].append(row.to("cpu", copy=True))
-        return original(logits, sampled, generated)
+        return original(sampler, logits, sampled, generated)
 
-    monkeypatch.setattr(engine_module, "sample", recording)
+    monkeypatch.setattr(Sampler, "start", recording)
     backend = SimulatedDevice(32_000_000) if chosen.device == "sim" else None
     with Engine(model, chosen, backend=backend, offload_dir=offload_dir, poison=True) as engine:
         for result in engine.generate(requests):

@@ -15,8 +15,8 @@ import torch
 from transformers import PreTrainedConfig
 
 from flexgen.devices.sim import SimulatedDevice
-from flexgen.engine import engine as engine_module
 from flexgen.engine.engine import Engine
+from flexgen.engine.sampling import Sampler
 from flexgen.kv.low_bit import kv_format
 from flexgen.models.assemble import AssembledModel, assemble_model
 from flexgen.plan.policy import Fractions, Policy
@@ -81,16 +81,16 @@ def answered(
     model: AssembledModel, chosen: Policy, requests: list[TokenRequest], folder: Path, prefixes: CommonPrefixes = NO_PREFIXES
 ) -> Answers:
     """What the engine answers, and the logits that it chose by."""
-    answers, rows, original = Answers(), {each.index: [] for each in requests}, engine_module.sample
+    answers, rows, original = Answers(), {each.index: [] for each in requests}, Sampler.start
 
-    def recording(logits: torch.Tensor, sampled: list[TokenRequest], generated: list[list[int]]) -> object:
+    def recording(sampler: Sampler, logits: torch.Tensor, sampled: list[TokenRequest], generated: list[list[int]]) -> object:
         for row, request in zip(logits, sampled, strict=True):
             rows[request.index].append(row.to("cpu", copy=True))
-        return original(logits, sampled, generated)
+        return original(sampler, logits, sampled, generated)
 
     backend = SimulatedDevice(64_000_000) if chosen.device == "sim" else None
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine_module, "sample", recording)
+        patch.setattr(Sampler, "start", recording)
         with Engine(model, chosen, backend=backend, offload_dir=folder, poison=True) as engine:
             for result in engine.generate(requests, prefixes=prefixes):
                 assert result.error is None, result.error

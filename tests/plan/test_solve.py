@@ -312,6 +312,17 @@ def test_prompts_that_are_only_scored_have_no_logits_to_sample_from(llama_3b, ma
     assert answered - only_scored >= 64 * llama_3b.vocab_size * 4 * 2
 
 
+def test_a_device_draws_tokens_from_a_part_of_the_logits_at_a_time(llama_3b, make_policy):
+    """Ten tensors of 16 MiB, or of the logits of a smaller batch in float64."""
+    job, large = Workload(prompt_lens=(256,) * 64, output_lens=(8,) * 64), dataclasses.replace(llama_3b, vocab_size=1 << 17)
+    for num_seqs, at_a_time in ((64, 16 * MIB), (4, 4 * MIB)):
+        on_cpu, on_device = (
+            activation_bytes(large, JobSizes(large, job, 16), make_policy(device=device, max_num_seqs=num_seqs, page_tokens=16))
+            for device in ("cpu", "cuda")
+        )
+        assert on_device - on_cpu == pytest.approx(FRAGMENTATION * 10 * at_a_time, abs=1)
+
+
 def test_a_scoring_job_is_planned(plan, llama_3b):
     """Contexts with choices: passes of many prompts, and no room for logits of all of them."""
     choices = Workload(

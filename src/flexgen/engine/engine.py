@@ -20,9 +20,10 @@ from flexgen.base.isolation import for_one_request
 from flexgen.base.recorder import COMPUTE, PASSES, Recorder
 from flexgen.devices.base import Device
 from flexgen.engine.admission import LengthForecast
-from flexgen.engine.logprobs import prompt_logprobs, token_logprobs
-from flexgen.engine.runner import BatchOutput, ModelRunner
-from flexgen.engine.sampler import as_float64, sample
+from flexgen.engine.logprobs import prompt_logprobs
+from flexgen.engine.runner import ModelRunner
+from flexgen.engine.sampler import Sampled
+from flexgen.engine.sampling import Sampler, Sampling
 from flexgen.engine.scheduler import Scheduler
 from flexgen.engine.sequence import Finish, LiveSequence
 from flexgen.errors import EngineError, RequestError
@@ -77,6 +78,7 @@ class Engine:
             undo.callback(self.close)
             self.cache = self.runner.cache
             self._scheduler = Scheduler(policy, self.cache, self.runner.places, self._regime)
+            self._sampler = Sampler(self.runner.copies)
             self._lengths = LengthForecast()
             self._ended: list[TokenResult] = []  # the results of requests that had finished before they were added
             self.log = self.new_log()
@@ -221,9 +223,12 @@ class Engine:
         self.log.begins(pass_load(plan, tuple(self.runner.places), of_positions(self.cache.groups)))
         self._prepare_guides(plan)
         with torch.no_grad():
-            outputs, waits = self.runner.run(plan, self._on_unit)
+            outputs, waits = self.runner.run(plan, lambda unit: self.log.tell(self._scheduler.num_live, unit, self.runner.num_units))
             computed = 0 if recorder is None else recorder.now()
-            results = [result for batch, output in zip(plan.micro_batches, outputs, strict=True) for result in self._receive(batch, output)]
+            # All micro-batches begin before the first one's tokens are waited for.
+            sampling = [self._sample(batch, output.logits) for batch, output in zip(plan.micro_batches, outputs, strict=True)]
+            received = zip(plan.micro_batches, outputs, sampling, strict=True)
+            results = [result for batch, output, chosen in received for result in self._receive(batch, output.scores, chosen)]
         self.log.passed(time.perf_counter() - start, waits)
         if recorder is not None:
             recorder.slice(COMPUTE, "sample", computed)
@@ -238,21 +243,23 @@ class Engine:
                 if each.request.guide is not None:
                     for_one_request(each.request.guide.prepare, each.generated)
 
-    def _on_unit(self, unit: int) -> None:
-        self.log.tell(self._scheduler.num_live, unit, self.runner.num_units)
+    def _sample(self, batch: MicroBatch, logits: torch.Tensor) -> Sampling:
+        """Start to choose the next tokens of the sequences of a micro-batch."""
+        sequences = [self._scheduler[sequence] for sequence, _ in batch.wanted]
+        return self._sampler.start(logits, [each.request for each in sequences], [each.generated for each in sequences])
 
-    def _receive(self, batch: MicroBatch, output: BatchOutput) -> Iterator[TokenResult]:
+    def _receive(self, batch: MicroBatch, scores: Scores | None, chosen: Sampling) -> Iterator[TokenResult]:
         """Give the sequences of a micro-batch what was computed for them; yield the results of those that finished."""
         for each in batch.slices:
             sequence = self._scheduler[each.sequence]
             sequence.num_stored = max(sequence.num_stored, each.stop)
-        if output.scores is not None:
-            self._score(batch.slices, output.scores)
+        if scores is not None:
+            self._score(batch.slices, scores)
         for each in batch.slices:
             sequence = self._scheduler[each.sequence]
             if not sequence.request.max_tokens and (finish := sequence.finish()) is not None:
                 yield self._finish(sequence, finish)
-        yield from self._sample(batch, output.logits)
+        yield from self._append(batch, chosen())
 
     def _score(self, slices: Sequence[Slice], scores: Scores) -> None:
         """Append log probabilities to the sequences whose prompts are scored."""
@@ -261,12 +268,11 @@ class Engine:
         for each in slices:
             self._scheduler[each.sequence].take_scores(itertools.islice(found, len(each.targets)))
 
-    def _sample(self, batch: MicroBatch, logits: torch.Tensor) -> Iterator[TokenResult]:
+    def _append(self, batch: MicroBatch, chosen: Sequence[Sampled | RequestError]) -> Iterator[TokenResult]:
         """Append the next token to each sequence whose last token was computed; yield the results of the sequences that finished."""
-        sequences = [self._scheduler[sequence] for sequence, _ in batch.wanted]
-        tokens = sample(logits, [each.request for each in sequences], [each.generated for each in sequences])
-        for sequence, row, token in zip(sequences, logits, tokens, strict=True):
-            if (finish := _take(sequence, row, token)) is not None:
+        for (sequence_id, _), token in zip(batch.wanted, chosen, strict=True):
+            sequence = self._scheduler[sequence_id]
+            if (finish := _take(sequence, token)) is not None:
                 yield self._finish(sequence, finish)
             elif self._outgrew(sequence):
                 self._scheduler.preempt(sequence)
@@ -285,13 +291,9 @@ class Engine:
         return length is not None and len(sequence.tokens) == length + 1 and sequence.num_generated > 0
 
 
-def _take(sequence: LiveSequence, row: torch.Tensor, token: int | RequestError) -> Finish | None:
+def _take(sequence: LiveSequence, token: Sampled | RequestError) -> Finish | None:
     """Append the token of a sequence, or record its error; return how that finishes the answer, or None if it does not."""
-    error = token if isinstance(token, RequestError) else for_one_request(_append, sequence, row, token)
-    return sequence.finish() if error is None else Finish.failed(error)
-
-
-def _append(sequence: LiveSequence, row: torch.Tensor, token: int) -> None:
-    """Append a token, with log probabilities from the model's logits if they were requested."""
-    asked = sequence.request.num_logprobs
-    sequence.append(token, None if asked is None else token_logprobs(as_float64(row), token, asked))
+    if isinstance(token, RequestError):
+        return Finish.failed(token)
+    sequence.append(token.token_id, token.logprobs)
+    return sequence.finish()

@@ -17,6 +17,7 @@ import torch
 
 from flexgen.base.recorder import COMPUTE, WAITING, Recorder
 from flexgen.devices.base import Device
+from flexgen.devices.packed import PackedCopies
 from flexgen.devices.recorded import RecordedDevice
 from flexgen.engine.sweep import MicroBatchForward, SweepRecorder, run_pass
 from flexgen.io.direct_io import FileSet
@@ -72,6 +73,7 @@ class ModelRunner:
         homes: The home of each unit's weights.
         places: For each tier, the place where its KV is kept and attended to.
         cache: The pages of all sequences.
+        copies: The copies of small tensors to and from the computing device.
         values: The bytes of values that sparse attention saw and did not read since the runner was made.
     """
 
@@ -90,7 +92,7 @@ class ModelRunner:
             backend = RecordedDevice(backend, recorder)
         self.model, self.policy, self._recorder = model, policy, recorder
         self._previous_threads, self._previous_interval = torch.get_num_threads(), sys.getswitchinterval()
-        self._backend, self._device = backend, backend.device if backend is not None else torch.device("cpu")
+        self._backend, self.copies = backend, PackedCopies(backend)
         with contextlib.ExitStack() as opened:  # what outlives a failed construction is closed by it, too
             if backend is not None:
                 opened.callback(backend.close)
@@ -134,7 +136,7 @@ class ModelRunner:
         if self.policy.embedding_resident:
             for table in self.model.tables:
                 self._weights.keep(table.layout, self._rows.keep)
-        self.model.bound.move_buffers(self._device)
+        self.model.bound.move_buffers(self.copies.device)
         self._weights.load()
         self._weights.start()
         self._loaded = True
@@ -174,7 +176,7 @@ class ModelRunner:
         for batch in plan.micro_batches:
             view, after = self.places[batch.home].view(batch.slices), [forwards[index] for index in batch.after]
             forwards.append(MicroBatchForward(
-                batch, self.model.bound, self._pass_cache, view, self._rows, self._device, after, recorder
+                batch, self.model.bound, self._pass_cache, view, self._rows, self.copies, after, recorder
             ))  # fmt: skip
         for home, place in self.places.items():
             place.begin_pass([forward.view for forward in forwards if forward.batch.home == home])

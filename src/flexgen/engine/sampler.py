@@ -1,11 +1,15 @@
-"""Chooses tokens from logits.  Each row is sampled by itself: neither its neighbours nor the size of the batch can change its token.
+"""Chooses tokens from logits on the host.  Each row is sampled by itself: neither its neighbours nor the size of the batch can change its
+token.
 
-Knows no sequences and no text: a row comes with its request and the ids generated so far.
+Knows no sequences and no text: a row comes with its request and the ids generated so far.  `device_sampler.py` chooses the same tokens on a
+device.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -13,10 +17,23 @@ import torch
 from flexgen.base.isolation import for_one_request
 from flexgen.engine.processors import changes_beside_guide, changes_logits, process_logits
 from flexgen.errors import RequestError
-from flexgen.request import TokenRequest
+from flexgen.kernels.philox import exponentials
+from flexgen.request import TokenLogprobs, TokenRequest
 
-_UINT64 = (1 << 64) - 1
 _FIRST_CANDIDATES = 256  # most nuclei are smaller; a larger one costs another partition
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """A token that was chosen.
+
+    Attributes:
+        token_id: The token.
+        logprobs: Its log probability and those of the likeliest tokens, if the request asks for them.
+    """
+
+    token_id: int
+    logprobs: TokenLogprobs | None = None
 
 
 def sample(logits: torch.Tensor, requests: Sequence[TokenRequest], generated: Sequence[Sequence[int]]) -> list[int | RequestError]:
@@ -29,7 +46,7 @@ def sample(logits: torch.Tensor, requests: Sequence[TokenRequest], generated: Se
     lead is smaller than a change of the logits, and not because many small changes before it in the vocabulary add up.
 
     Args:
-        logits: The logits, (rows, vocab), of any floating dtype and on any device; they are not changed.
+        logits: The logits, (rows, vocab), of any floating dtype, in host memory; they are not changed.
         requests: The request of each row.
         generated: For each row, the ids generated so far.
 
@@ -41,33 +58,48 @@ def sample(logits: torch.Tensor, requests: Sequence[TokenRequest], generated: Se
         raise ValueError(f"logits {tuple(logits.shape)} for {len(requests)} requests and {len(generated)} answers")
     if not len(requests):
         return []
-    largest, greedy = logits.max(dim=-1)  # (rows,) each; the maximum of a row with a NaN is NaN
-    finite = (largest.isfinite() & logits.amin(dim=-1).isfinite()).tolist()
-    tokens: list[int | RequestError] = list(greedy.tolist())
-    for row, (request, past) in enumerate(zip(requests, generated, strict=True)):
-        if not finite[row]:
-            tokens[row] = RequestError("the model produced logits that are not finite", code="non_finite_logits")
+    tokens: list[int | RequestError] = []
+    for row, request, past in zip(logits, requests, generated, strict=True):
+        greedy = lowest_of_largest(row.detach())
+        if greedy is None:
+            tokens.append(not_finite())
         elif request.temperature > 0 or changes_logits(request):
-            tokens[row] = for_one_request(_choose, logits[row], tokens[row], request, past)
+            tokens.append(for_one_request(_choose, row, greedy, request, past))
+        else:
+            tokens.append(greedy)
     return tokens
 
 
-def exponentials(seed: int, position: int, ids: np.ndarray | int) -> np.ndarray:
-    """Return positive numbers, float64, drawn from the exponential distribution of mean 1.
+def lowest_of_largest(row: torch.Tensor) -> int | None:
+    """Return the index of the largest number of a row, the lowest among equals; None if a number of the row is not finite.
 
-    The number of an id depends on (seed, position, id) only: they are a stream of the counter-based generator Philox-4x64, whose key is
-    the seed, and whose counter begins at a place of the position's own.
-
-    Args:
-        seed: The seed; its lowest 64 bits count.
-        position: The position in the sequence, at least 0.
-        ids: The ids, ascending, or the number of ids from 0 on.
+    Extremes and comparisons are vectorised, which `torch.max` with an index is not, and a single row stays in the cache.
     """
-    size = ids if isinstance(ids, int) else int(ids[-1]) + 1
-    bits = np.random.Philox(key=seed & _UINT64, counter=position << 64).random_raw(size)
-    if not isinstance(ids, int):
-        bits = bits[ids]
-    return -np.log(((bits >> np.uint64(12)) + 0.5) * 2.0**-52)  # of numbers between 0 and 1, both excluded
+    least, largest = torch.aminmax(row)  # NaN if any number is
+    if not (math.isfinite(least.item()) and math.isfinite(largest.item())):
+        return None
+    if row.element_size() > 2:
+        return int((row.numpy() == largest.item()).argmax())
+    bits = row.view(torch.int16).numpy()  # NumPy knows no bfloat16, and is slow in float16
+    if not largest.item():  # the one number of two patterns, 0.0 and -0.0
+        return int((bits & 0x7FFF == 0).argmax())
+    return int((bits == largest.view(torch.int16).item()).argmax())
+
+
+def not_finite() -> RequestError:
+    """Return the error of a row with a logit that is not finite."""
+    return RequestError("the model produced logits that are not finite", code="non_finite_logits")
+
+
+def overflowed() -> RequestError:
+    """Return the error of a row whose logits are not finite once its request has changed them."""
+    return RequestError("the request's penalties make logits overflow", code="non_finite_logits")
+
+
+def nothing_allowed(request: TokenRequest) -> RequestError:
+    """Return the error of a row whose every token is masked."""
+    guided = "structured_outputs, " if request.guide is not None else ""
+    return RequestError(f"{guided}bad_words, min_tokens and allowed_token_ids leave no token to generate", code="no_token_allowed")
 
 
 def as_float64(row: torch.Tensor) -> np.ndarray:
@@ -75,7 +107,7 @@ def as_float64(row: torch.Tensor) -> np.ndarray:
     return row.detach().to(device="cpu", dtype=torch.float64).numpy()
 
 
-def _choose(logits: torch.Tensor, greedy: int | RequestError, request: TokenRequest, generated: Sequence[int]) -> int | RequestError:
+def _choose(logits: torch.Tensor, greedy: int, request: TokenRequest, generated: Sequence[int]) -> int | RequestError:
     """Return the token of one row, whose likeliest token is `greedy`."""
     if request.temperature == 0 and not changes_beside_guide(request) and _is_allowed(greedy, request, generated):
         return greedy
@@ -84,26 +116,20 @@ def _choose(logits: torch.Tensor, greedy: int | RequestError, request: TokenRequ
         row = process_logits(row, request, generated)
         likeliest = row.max()  # NaN if any logit is NaN
         if likeliest == -np.inf:
-            return RequestError(f"{_masks(request)} leave no token to generate", code="no_token_allowed")
+            return nothing_allowed(request)
         if not np.isfinite(likeliest):
-            return RequestError("the request's penalties make logits overflow", code="non_finite_logits")
+            return overflowed()
     if request.temperature == 0:
         return int(row.argmax())
     return _draw(row, request, len(request.prompt_token_ids) + len(generated))
 
 
-def _is_allowed(token: int | RequestError, request: TokenRequest, generated: Sequence[int]) -> bool:
+def _is_allowed(token: int, request: TokenRequest, generated: Sequence[int]) -> bool:
     """Return whether a guide allows the token, so that the rest of its row need not be looked at."""
-    if request.guide is None or isinstance(token, RequestError):
+    if request.guide is None:
         return False
     allowed = request.guide.allowed(generated)
     return token < len(allowed) and bool(allowed[token])
-
-
-def _masks(request: TokenRequest) -> str:
-    """Return the names of what may have masked all tokens of a request."""
-    guided = "structured_outputs, " if request.guide is not None else ""
-    return f"{guided}bad_words, min_tokens and allowed_token_ids"
 
 
 def _draw(row: np.ndarray, request: TokenRequest, position: int) -> int:

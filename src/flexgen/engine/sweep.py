@@ -16,6 +16,8 @@ import greenlet
 import torch
 
 from flexgen.base.recorder import COMPUTE, WAITING, Recorder
+from flexgen.devices.packed import PackedCopies
+from flexgen.engine.inputs import batch_inputs
 from flexgen.errors import EngineError
 from flexgen.kv.place import PendingAttention, View
 from flexgen.models.attention import PassCache
@@ -51,7 +53,7 @@ class MicroBatchForward(ForwardCoroutine):
     """
 
     def __init__(
-        self, batch: MicroBatch, model: BoundModel, cache: PassCache, view: View, rows: RowSource, device: torch.device,
+        self, batch: MicroBatch, model: BoundModel, cache: PassCache, view: View, rows: RowSource, copies: PackedCopies,
         after: Sequence[MicroBatchForward], recorder: Recorder | None = None,
     ) -> None:  # fmt: skip
         super().__init__(self._forward)
@@ -61,42 +63,22 @@ class MicroBatchForward(ForwardCoroutine):
         self.pending: PendingAttention | None = None
         self.logits: torch.Tensor | None = None
         self.scores: Scores | None = None
-        self._model, self._cache, self._rows, self._device = model, cache, rows, device
+        self._model, self._cache, self._rows, self._copies = model, cache, rows, copies
 
     def _forward(self) -> None:
-        ids: list[int] = []
-        positions: list[int] = []
-        wanted: list[int] = []  # rows
-        scored: list[int] = []  # rows
-        places: list[int] = []  # for each target, the index of its row in `scored`
-        for each in self.batch.slices:
-            first = len(ids) - each.start  # the row of position 0
-            wanted += range(first + each.wanted.start, first + each.wanted.stop)
-            for position in each.scored:
-                if scored[-1:] != [first + position]:  # several targets may be alternatives at one position
-                    scored.append(first + position)
-                places.append(len(scored) - 1)
-            ids += each.token_ids
-            positions += range(each.start, each.stop)
-        ids += ids[-1:] * self.batch.filler
-        positions += positions[-1:] * self.batch.filler
-        self._host_ids = torch.tensor([ids])
-        self._input_ids = self._host_ids.to(self._device)
+        host, places = batch_inputs(self.batch)
+        inputs, self.view.device_groups = self._copies.to_device((host, self.view.device_groups))
+        self._host_ids, self._input_ids = host.token_ids, inputs.token_ids
+        if inputs is not host:  # a tensor of its own, not a view of what was copied, so that `input_rows` knows what is a view of it
+            self._input_ids = inputs.token_ids.clone()
         self.logits = self._model.forward(
-            self._input_ids,
-            torch.tensor([positions], device=self._device),
-            torch.tensor(wanted + scored, dtype=torch.int64, device=self._device),
-            self._cache,
-            scorer := self._scorer(places),
+            self._input_ids, inputs.positions, inputs.rows, self._cache, scorer := self._scorer(inputs.targets, places)
         )
         self.scores = None if scorer is None else scorer.result()
 
-    def _scorer(self, places: Sequence[int]) -> Scorer | None:
-        targets = [target for each in self.batch.slices for target in each.targets]
+    def _scorer(self, targets: torch.Tensor, places: Sequence[int]) -> Scorer | None:
         counts = {each.num_likeliest for each in self.batch.slices if each.scored}
-        if not targets:
-            return None
-        return Scorer(torch.tensor(targets, device=self._device), -1 if -1 in counts else max(counts), places)
+        return Scorer(targets, -1 if -1 in counts else max(counts), places) if places else None
 
     def _suspend(self) -> None:
         assert self.parent is not None

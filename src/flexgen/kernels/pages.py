@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from flexgen.kernels.codes import SealedPages, unseal
 
 
-def page_tables(tables: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+def page_tables(tables: Sequence[Sequence[int] | np.ndarray], device: torch.device) -> Tensor:
     """Return the page ids of sequences as int64 (S, max_pages), filled up with -1."""
-    widest = max(map(len, tables), default=1)
-    rows = [[*table, *[-1] * (widest - len(table))] for table in tables]
-    return torch.tensor(rows, dtype=torch.int64, device=device).view(len(tables), widest)
+    lengths = np.fromiter(map(len, tables), dtype=np.int64, count=len(tables))
+    padded = np.full((len(tables), int(lengths.max(initial=1))), -1, dtype=np.int64)
+    ids = np.fromiter(itertools.chain.from_iterable(tables), dtype=np.int64, count=int(lengths.sum()))
+    padded[np.arange(padded.shape[1]) < lengths[:, None]] = ids
+    return torch.from_numpy(padded).to(device)
 
 
 def write_kv(key: Tensor, value: Tensor, key_pages: Tensor, value_pages: Tensor, page_ids: Tensor, page_offsets: Tensor) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,7 +38,7 @@ class PagedPrompts:
 
 
 def paged_prompts(
-    spans: Sequence[tuple[int, int]], tables: Sequence[Sequence[int]], starts: Sequence[int], device: torch.device
+    spans: Sequence[tuple[int, int]], tables: Sequence[Sequence[int] | np.ndarray], starts: Sequence[int] | np.ndarray, device: torch.device
 ) -> PagedPrompts:
     """Return the tiles of prompts.
 
@@ -48,7 +49,7 @@ def paged_prompts(
         device: The device of the tensors.
     """
 
-    def integers(values: Sequence[object]) -> Tensor:
+    def integers(values: Sequence[object] | np.ndarray) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=device)
 
     tile_rows = TILE_ROWS if any(end - begin > SHORT_TILE_ROWS for begin, end in spans) else SHORT_TILE_ROWS

@@ -17,6 +17,7 @@ from flexgen.kv.format import KVPages
 from flexgen.kv.host import HostAttention, HostView
 from flexgen.kv.pages import layer_index
 from flexgen.kv.place import PendingAttention, Place, View
+from flexgen.kv.plan import GroupPlans
 from flexgen.kv.read_ahead import ReadAhead
 from flexgen.kv.slots import BatchSlots
 from flexgen.kv.spill import DiskPool, StagedLayer
@@ -136,6 +137,15 @@ class DiskView:
 
     def __init__(self, batch: BatchSlots, staged: HostView) -> None:
         self.batch, self.plan, self._staged = batch, staged.plan, staged
+
+    @property
+    def device_groups(self) -> GroupPlans:
+        """The index tensors on the computing device; see `View`."""
+        return self._staged.device_groups
+
+    @device_groups.setter
+    def device_groups(self, groups: GroupPlans) -> None:
+        self._staged.device_groups = groups
 
     def attend(self, call: AttentionCall) -> torch.Tensor | PendingAttention:
         return self._staged.attend(call)

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 
 from flexgen.base.recorder import Recorder
-from flexgen.devices.base import HOST, Device
+from flexgen.devices.base import Device
 from flexgen.devices.staging import Staging
 from flexgen.kernels.reference import AttentionKernels
 from flexgen.kv.format import KVPages
 from flexgen.kv.pages import KVGroup, PagePool, layer_index
 from flexgen.kv.place import PendingAttention, Place
-from flexgen.kv.plan import KVPlan
+from flexgen.kv.plan import GroupPlans, KVPlan
 from flexgen.kv.sparse import SparseAttention
 from flexgen.kv.views import Heads, Past, step_outputs, step_queries
 from flexgen.kv.worker import Worker
@@ -57,12 +57,11 @@ class HostAttention:
         self.staging, self.notify = Staging(backend), notify
         self.where = layer_index(groups)
         self.worker = Worker(worker)
-        self._groups, self._sparse, self._device = groups, sparse, backend.device if backend is not None else HOST
+        self._groups, self._sparse = groups, sparse
 
     def view(self, slices: Sequence[Slice], lend: LendPages) -> HostView:
         """Return a view of pages that are lent layer by layer."""
-        plan = KVPlan(self._groups, slices, HOST, self._sparse)
-        return HostView(self, plan, plan if self._device == HOST else KVPlan(self._groups, slices, self._device, self._sparse), lend)
+        return HostView(self, KVPlan(self._groups, slices, self._sparse), lend)
 
     def later(self, job: Callable[[], Any], complete: Callable[[Any], torch.Tensor], name: str, layer: int) -> PendingAttention:
         """Run a job on the worker; its error is also raised to the micro-batch that waits for it.
@@ -125,11 +124,12 @@ class HostView:
 
     Attributes:
         plan: The index tensors on the host, where the pages are.
-        device_plan: The same index tensors on the computing device.
+        device_groups: The same index tensors on the computing device, which needs them for prompts only.
     """
 
-    def __init__(self, attention: HostAttention, plan: KVPlan, device_plan: KVPlan, lend: LendPages) -> None:
-        self._attention, self.plan, self.device_plan, self._lend = attention, plan, device_plan, lend
+    def __init__(self, attention: HostAttention, plan: KVPlan, lend: LendPages) -> None:
+        self._attention, self.plan, self._lend = attention, plan, lend
+        self.device_groups: GroupPlans = plan.groups if plan.prompts else ()
         self._heads: dict[int, Heads] = {}  # by layer, for later calls of layers that share its keys
 
     def attend(self, call: AttentionCall) -> torch.Tensor | PendingAttention:
@@ -166,7 +166,7 @@ class HostView:
 
         def attended(past: Sequence[Past]) -> torch.Tensor:
             out = call.new_output()
-            self.device_plan.groups[group].attend_prompts(attention.device_kernels, call, past, out)
+            self.device_groups[group].attend_prompts(attention.device_kernels, call, past, out)
             return out
 
         pending = attention.later(job, attended, "KV of prompts", call.layer) if continued or call.new is not None else None

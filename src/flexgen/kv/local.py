@@ -9,7 +9,7 @@ import torch
 from flexgen.kernels.reference import AttentionKernels
 from flexgen.kv.pages import PagePool, layer_index
 from flexgen.kv.place import Place
-from flexgen.kv.plan import KVPlan
+from flexgen.kv.plan import GroupPlans, KVPlan
 from flexgen.kv.sparse import SparseAttention
 from flexgen.kv.views import Heads
 from flexgen.passes.calls import AttentionCall
@@ -22,19 +22,18 @@ class LocalPlace(Place):
     Args:
         pool: The pages.
         kernels: The kernels of the device.
-        device: The device that computes and holds the pages.
         sparse: What generated tokens keep of what they see; None for all of it.
     """
 
     chunks = True
     mixes = True
 
-    def __init__(self, pool: PagePool, kernels: AttentionKernels, device: torch.device, sparse: SparseAttention | None = None) -> None:
-        self.pool, self.kernels, self.device, self._sparse = pool, kernels, device, sparse
+    def __init__(self, pool: PagePool, kernels: AttentionKernels, sparse: SparseAttention | None = None) -> None:
+        self.pool, self.kernels, self._sparse = pool, kernels, sparse
         self.where = layer_index(pool.groups)
 
     def view(self, slices: Sequence[Slice]) -> LocalView:
-        return LocalView(self, KVPlan(self.pool.groups, slices, self.device, self._sparse, in_pages=self.kernels.attends_in_pages))
+        return LocalView(self, KVPlan(self.pool.groups, slices, self._sparse, in_pages=self.kernels.attends_in_pages))
 
     def close(self) -> None:
         self.kernels.close()
@@ -45,11 +44,12 @@ class LocalView:
 
     def __init__(self, place: LocalPlace, plan: KVPlan) -> None:
         self._place, self.plan = place, plan
+        self.device_groups: GroupPlans = plan.groups
         self._heads: dict[int, Heads] = {}  # by layer, for later calls of layers that share its keys
 
     def attend(self, call: AttentionCall) -> torch.Tensor:
         kernels, pages = self._place.kernels, self._place.pool.pages[call.layer]
-        plan = self.plan.groups[self._place.where[call.layer][0]]
+        plan = self.device_groups[self._place.where[call.layer][0]]
         if call.new is not None:
             self._heads[call.layer] = plan.write(kernels, call.new, pages)
         return plan.attend(kernels, call, pages, self._heads[call.layer])

@@ -92,13 +92,13 @@ Opened = tuple[Pool, Place]
 def _open_device(setup: KVSetup) -> Opened:
     assert setup.backend is not None
     pool = PagePool(setup.groups, setup.num_pages("device"), setup.backend.allocate)
-    return pool, LocalPlace(pool, setup.kernels(setup.device), setup.device, setup.sparse())
+    return pool, LocalPlace(pool, setup.kernels(setup.device), setup.sparse())
 
 
 def _open_host(setup: KVSetup) -> Opened:
     pool = PagePool(setup.groups, setup.num_pages("host"))
     if setup.backend is None:
-        return pool, LocalPlace(pool, setup.kernels(HOST), HOST, setup.sparse())
+        return pool, LocalPlace(pool, setup.kernels(HOST), setup.sparse())
     return pool, HostPlace(pool, setup.host_attention("flexgen-host-attention", setup.sparse()))
 
 

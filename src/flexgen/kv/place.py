@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
-from flexgen.kv.plan import KVPlan
+from flexgen.kv.plan import GroupPlans, KVPlan
 from flexgen.passes.calls import AttentionCall
 from flexgen.passes.plan import Slice
 
@@ -47,10 +47,13 @@ class View(Protocol):
     """The KV of one micro-batch during one pass.
 
     Attributes:
-        plan: The index tensors of the micro-batch.
+        plan: The index tensors of the micro-batch, in host memory.
+        device_groups: Those that the computing device needs, by layer group.  Whoever runs the micro-batch brings them there, together with
+            all else that it needs on the device, and puts the copies in their place before the first call.
     """
 
     plan: KVPlan
+    device_groups: GroupPlans
 
     def attend(self, call: AttentionCall) -> torch.Tensor | PendingAttention:
         """Store the call's new keys and values, and return its attention, (1, tokens, heads, value_dim), now or as a pending result."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from flexgen.kernels.reference import AttentionKernels
@@ -19,6 +20,7 @@ from flexgen.kv.pages import KVGroup, with_tail
 from flexgen.kv.sparse import SparseAttention
 from flexgen.kv.sparse_plan import sparse_rows, step_parts
 from flexgen.kv.views import Heads, Past, SparseRows, StepsAndPrompts, as_attended
+from flexgen.passes.arrays import ranges, starts_of
 from flexgen.passes.calls import AttentionCall, KeyValue
 from flexgen.passes.plan import Slice
 
@@ -195,9 +197,8 @@ def _attended(call: AttentionCall, cached: KeyValue) -> KeyValue:
 
 
 def sealed_plan(
-    groups: Sequence[KVGroup], index: int, steps: Sequence[Slice], prompts: Sequence[Slice], device: torch.device,
-    sparse: SparseAttention | None = None,
-) -> SealedGroupPlan:  # fmt: skip
+    groups: Sequence[KVGroup], index: int, steps: Sequence[Slice], prompts: Sequence[Slice], sparse: SparseAttention | None = None
+) -> SealedGroupPlan:
     """Return the plan of a group whose pages are sealed, for slices that are next tokens and for others.
 
     Args:
@@ -205,55 +206,45 @@ def sealed_plan(
         index: The index of the group.
         steps: The slices that are next tokens.
         prompts: The other slices.
-        device: The device of the index tensors.
         sparse: What generated tokens keep; None where they keep all that they see.
     """
-
-    def integers(values: Sequence[int]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=device)
-
     group, (_, tail) = groups[index], with_tail(groups, index)
-    size = group.page_tokens
-    rows: list[tuple[int, int, int]] = []  # (new token, tail, offset)
-    row = 0
-    for each in (*steps, *prompts):
-        first_kept = max((each.stop - 1) // size * size, each.start)
-        rows += [(row + position - each.start, each.tables[tail][0], position % size) for position in range(first_kept, each.stop)]
-        row += each.length
+    size, slices = group.page_tokens, (*steps, *prompts)
+    tails = np.array([each.tables[tail][0] for each in slices], dtype=np.int64)
+    starts, stops = starts_of(slices), np.array([each.stop for each in slices], dtype=np.int64)
+    first_kept = np.maximum((stops - 1) // size * size, starts)  # the first position of each slice that is kept in its tail
+    num_kept = stops - first_kept
+    positions = ranges(first_kept, num_kept)
+    first_rows = np.cumsum(stops - starts) - stops  # the row of each slice's position 0, as if it were there
     full = [each for each in steps if each.stop % size == 0]
-    tail_rows, tail_ids, tail_offsets = (integers([entry[place] for entry in rows]) for place in range(3))
     return SealedGroupPlan(
         group=group,
-        tail_rows=tail_rows,
-        tail_ids=tail_ids,
-        tail_offsets=tail_offsets,
-        full_tails=integers([each.tables[tail][0] for each in full]),
-        full_pages=integers([each.tables[index][each.start // size] for each in full]),
+        tail_rows=torch.from_numpy(positions + np.repeat(first_rows, num_kept)),
+        tail_ids=torch.from_numpy(np.repeat(tails, num_kept)),
+        tail_offsets=torch.from_numpy(positions % size),
+        full_tails=torch.tensor([each.tables[tail][0] for each in full], dtype=torch.int64),
+        full_pages=torch.tensor([each.tables[index][each.start // size] for each in full], dtype=torch.int64),
         num_steps=len(steps),
-        steps=step_parts(group, index, steps, device, tail, sparse),
-        prompts=tuple(_sealed_prompt(group, each.tables[index], each.tables[tail][0], each, device, sparse) for each in prompts),
+        steps=step_parts(group, index, steps, tail, sparse),
+        prompts=tuple(_sealed_prompt(group, each.tables[index], each.tables[tail][0], each, sparse) for each in prompts),
     )
 
 
-def _sealed_prompt(
-    group: KVGroup, table: Sequence[int], tail: int, each: Slice, device: torch.device, sparse: SparseAttention | None
-) -> SealedPrompt:
-    def integers(values: Sequence[int]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=device)
-
-    size, first_visible = group.page_tokens, group.geometry.first_visible
-    origin = min(first_visible(each.start), each.start) // size * size  # of the first visible page
+def _sealed_prompt(group: KVGroup, table: Sequence[int], tail: int, each: Slice, sparse: SparseAttention | None) -> SealedPrompt:
+    size, ids, positions = group.page_tokens, torch.tensor(table, dtype=torch.int64), np.arange(each.start, each.stop)
+    starts = group.geometry.first_visible(positions)
+    origin = min(int(starts[0]), each.start) // size * size  # of the first visible page
     page_start = each.start // size * size
     last_border = (each.stop - 1) // size * size
     return SealedPrompt(
         length=each.length,
         head_length=each.start - page_start,
-        tail=integers([tail]),
-        past=(integers(table), origin, page_start) if origin < page_start else None,
+        tail=torch.tensor([tail], dtype=torch.int64),
+        past=(ids, origin, page_start) if origin < page_start else None,
         page_start=page_start - origin,
         num_seen_stored=last_border - page_start,
-        complete=integers([table[place] for place in range(each.start // size, each.stop // size)]),
-        starts=integers([first_visible(position) - origin for position in range(each.start, each.stop)]),
-        borders=integers([position // size * size - origin for position in range(each.start, each.stop)]),
-        sparse=sparse_rows(group, each, origin, device, sparse),
+        complete=ids[each.start // size : each.stop // size],
+        starts=torch.from_numpy(starts - origin),
+        borders=torch.from_numpy(positions // size * size - origin),
+        sparse=sparse_rows(group, each, origin, sparse),
     )

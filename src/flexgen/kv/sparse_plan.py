@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
+from flexgen.devices.base import HOST
 from flexgen.kernels.pages import page_tables
 from flexgen.kv.format import Steps
 from flexgen.kv.pages import KVGroup
 from flexgen.kv.sparse import SparseAttention
 from flexgen.kv.views import SparseRows, StepPart
+from flexgen.passes.arrays import starts_of
 from flexgen.passes.plan import Slice
 
 
 def step_parts(
-    group: KVGroup, index: int, steps: Sequence[Slice], device: torch.device, tail: int | None = None, sparse: SparseAttention | None = None
+    group: KVGroup, index: int, steps: Sequence[Slice], tail: int | None = None, sparse: SparseAttention | None = None
 ) -> tuple[StepPart, ...]:
     """Return the next tokens of a micro-batch: those that attend to all that they see, and those that leave positions out.
 
@@ -23,12 +26,11 @@ def step_parts(
         group: The layer group.
         index: Its index among the slices' page tables.
         steps: The slices.
-        device: The device of the index tensors.
         tail: The index of the group of its tails; None if there are none.
         sparse: What generated tokens keep; None where they keep all that they see.
     """
     if sparse is None:
-        return (StepPart(rows=None, steps=steps_of(group, index, steps, device, tail)),)
+        return (StepPart(rows=None, steps=steps_of(group, index, steps, tail)),)
     divided: dict[bool, list[int]] = {}
     for row, each in enumerate(steps):
         divided.setdefault(sparse.leaves_out(group.geometry, each, each.start), []).append(row)
@@ -37,8 +39,8 @@ def step_parts(
         some = [steps[row] for row in rows]
         parts.append(
             StepPart(
-                rows=torch.tensor(rows, dtype=torch.int64, device=device) if len(divided) > 1 else None,
-                steps=steps_of(group, index, some, device, tail, sparse if leaves_out else None),
+                rows=torch.tensor(rows, dtype=torch.int64) if len(divided) > 1 else None,
+                steps=steps_of(group, index, some, tail, sparse if leaves_out else None),
                 seen_bytes=sum(_seen_value_bytes(group, each.start) for each in some),
                 value_bytes=group.format.value_bytes(group.geometry) // group.geometry.value_heads,
                 sparse=sparse,
@@ -47,53 +49,47 @@ def step_parts(
     return tuple(parts)
 
 
-def steps_of(
-    group: KVGroup, index: int, steps: Sequence[Slice], device: torch.device, tail: int | None = None, sparse: SparseAttention | None = None
-) -> Steps:
+def steps_of(group: KVGroup, index: int, steps: Sequence[Slice], tail: int | None = None, sparse: SparseAttention | None = None) -> Steps:
     """Return what next tokens see, counted from the first page of which they see something.
+
 
     Args:
         group: The layer group.
         index: Its index among the slices' page tables.
         steps: The slices.
-        device: The device of the index tensors.
         tail: The index of the group of its tails; None if there are none.
         sparse: What they keep of it; None if they keep all.
     """
-
-    def integers(values: Sequence[object]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=device)
-
-    size = group.page_tokens
-    first_visible = [group.geometry.first_visible(each.start) for each in steps]
-    skipped = [first // size for first in first_visible]  # pages before
-    tables = [each.tables[index][pages : each.start // size + 1] for each, pages in zip(steps, skipped, strict=True)]
+    size, positions = group.page_tokens, starts_of(steps)
+    first_visible = group.geometry.first_visible(positions)
+    skipped = first_visible // size  # pages before
+    tables = [each.tables[index][pages : each.start // size + 1] for each, pages in zip(steps, skipped.tolist(), strict=True)]
+    kept = None if sparse is None else torch.tensor([sparse.kept(group.geometry, each.start) for each in steps], dtype=torch.int64)
     return Steps(
-        tables=page_tables(tables, device),
-        starts=integers([first - pages * size for first, pages in zip(first_visible, skipped, strict=True)]),
-        lengths=integers([each.start + 1 - pages * size for each, pages in zip(steps, skipped, strict=True)]),
-        tails=None if tail is None else integers([each.tables[tail][0] for each in steps]),
-        kept=None if sparse is None else integers([sparse.kept(group.geometry, each.start) for each in steps]),
+        tables=page_tables(tables, HOST),
+        starts=torch.from_numpy(first_visible - skipped * size),
+        lengths=torch.from_numpy(positions + 1 - skipped * size),
+        tails=None if tail is None else torch.tensor([each.tables[tail][0] for each in steps], dtype=torch.int64),
+        kept=kept,
     )
 
 
-def sparse_rows(group: KVGroup, each: Slice, origin: int, device: torch.device, sparse: SparseAttention | None) -> SparseRows | None:
+def sparse_rows(group: KVGroup, each: Slice, origin: int, sparse: SparseAttention | None) -> SparseRows | None:
     """Return what generated tokens keep that are computed together with others; None if they leave nothing out.
 
     Args:
         group: The layer group.
         each: The slice.
         origin: The position from which the slice counts its positions.
-        device: The device of the index tensors.
         sparse: What generated tokens keep; None where they keep all that they see.
     """
     if sparse is None or (num_dense := sparse.num_dense(group.geometry, each)) == each.length:
         return None
-    size, positions = group.page_tokens, range(each.start + num_dense, each.stop)
+    size, positions = group.page_tokens, np.arange(each.start + num_dense, each.stop)
     return SparseRows(
         num_dense=num_dense,
-        borders=torch.tensor([position // size * size - origin for position in positions], dtype=torch.int64, device=device),
-        kept=torch.tensor([sparse.kept(group.geometry, position) for position in positions], dtype=torch.int64, device=device),
+        borders=torch.from_numpy(positions // size * size - origin),
+        kept=torch.tensor([sparse.kept(group.geometry, position) for position in positions.tolist()], dtype=torch.int64),
     )
 
 

@@ -4,6 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    import numpy as np
+
+Positions = TypeVar("Positions", int, "np.ndarray")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,13 +47,13 @@ class KVGeometry:
         """The number of elements that a layer caches for a token."""
         return self.key_heads * self.key_dim + self.value_heads * self.value_dim
 
-    def first_visible(self, position: int) -> int:
-        """Return the position of the earliest token that a query at `position` sees."""
+    def first_visible(self, position: Positions) -> Positions:
+        """Return the position of the earliest token that a query at `position` sees; of many positions in an array, those of all."""
         if self.window is not None:
-            return max(0, position - self.window + 1)
+            return (position - self.window + 1) * (position >= self.window)
         if self.chunk is not None:
             return position - position % self.chunk
-        return 0
+        return position * 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

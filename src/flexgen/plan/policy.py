@@ -9,6 +9,7 @@ from flexgen.base.quantities import MIB
 
 PAGE_TOKENS = 16  # tokens of a KV page in every plan
 SCORED_SLICE_BYTES = 32 * MIB  # logits of scored positions that are held at a time
+SAMPLED_BLOCK_BYTES = 16 * MIB  # logits in float64 from which tokens are chosen at a time on a device
 INT8_SUMS_BYTES = 8 * MIB  # sums of products in int8 that are held at a time
 SPARSE_SCORES_BYTES = 4 * MIB  # scores that are sorted at a time where generated tokens are computed again under sparse attention
 SPARSE_KV_BYTES = 16 * MIB  # keys and values that are held in float32 at a time where kernels in plain torch attend sparsely

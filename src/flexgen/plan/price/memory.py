@@ -16,6 +16,7 @@ from flexgen.plan.policy import (
     DECODING_BYTES,
     DEVICE_SCRATCH_UNITS,
     INT8_SUMS_BYTES,
+    SAMPLED_BLOCK_BYTES,
     SCORED_SLICE_BYTES,
     SCRATCH_UNITS,
     SPARSE_KV_BYTES,
@@ -36,6 +37,8 @@ FRAGMENTATION = 1.25
 RING_UNITS = 3
 # How many copies there are of the logits that are held at a time, while the model changes them and they are reduced.
 SCORED_COPIES = 3
+# How many tensors as large as the logits in float64 there are while a device draws tokens from them.
+SAMPLED_COPIES = 10
 # How many tensors as large as the scores there are while sparse attention sorts them.
 SORTED_COPIES = 10
 # What is kept of a scored position until its pass is over, and of each of the likeliest tokens beside it: float64 and int64 in tensors,
@@ -134,6 +137,8 @@ def activation_bytes(spec: ModelSpec, sizes: JobSizes, policy: Policy, max_num_s
     if spec.int8_flops_per_token:  # the codes of the input that was rounded last, the sums of products
         computing += running * max(intermediate, hidden) + INT8_SUMS_BYTES
     logits = most * spec.vocab_size * 4 * 2 * sizes.has_answers
+    if has_device_tier(policy.device):  # the host chooses tokens from one row at a time
+        logits += SAMPLED_COPIES * min(most * spec.vocab_size * 8, SAMPLED_BLOCK_BYTES) * sizes.has_answers
     decoded = 2 if spec.kv_format is None else 4  # prompts attend to their own pages as these are stored, too
     attention = 4 * max(running, longest_prompt) * hidden * size + decoded * sizes.layer + _sparse_bytes(spec, sizes, size)
     if has_device_tier(policy.device):

@@ -1,0 +1,90 @@
+"""Small tensors that cross the link to a device together, in one copy."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar, cast
+
+import torch
+
+from flexgen.base.quantities import align_up
+from flexgen.devices.base import HOST, Device
+from flexgen.devices.staging import HostCopies, Staging
+
+ALIGNMENT = 16  # of each tensor among the bytes that are copied, so that they can be viewed in any dtype
+
+Value = TypeVar("Value")
+
+
+class PackedCopies:
+    """Copies of values that consist of small tensors between the host and the computing device; without a device nothing is copied.
+
+    Args:
+        backend: The computing device; None if that is the host.
+
+    Attributes:
+        device: Where computing happens.
+    """
+
+    def __init__(self, backend: Device | None) -> None:
+        self.device = HOST if backend is None else backend.device
+        self._staging = Staging(backend)
+
+    def to_device(self, value: Value) -> Value:
+        """Return a value with copies on the device in place of all tensors in it; only later computing waits for them.
+
+        Args:
+            value: A tensor in host memory, or tuples, lists and dataclasses with such tensors among their members.
+        """
+        if self.device == HOST:
+            return value
+        return cast("Value", _with(value, iter(self._copied(list(_tensors(value))))))
+
+    def to_host(self, tensor: torch.Tensor) -> HostCopies:
+        """Start to copy a tensor to the host."""
+        return self._staging.to_host(tensor)
+
+    def _copied(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Return copies on the device, which are views of the bytes that one copy brings there."""
+        starts, size = [], 0
+        for each in tensors:
+            starts.append(size)
+            size += align_up(each.nbytes, ALIGNMENT)
+        packed = torch.empty(size, dtype=torch.uint8)
+        for start, each in zip(starts, tensors, strict=True):
+            _part(packed, start, each).copy_(each)
+        there = self._staging.to_device(packed, non_blocking=True)[0] if size else packed.to(self.device)
+        return [_part(there, start, each) for start, each in zip(starts, tensors, strict=True)]
+
+
+def _part(packed: torch.Tensor, start: int, like: torch.Tensor) -> torch.Tensor:
+    """Return the bytes from `start` on as a tensor of the same shape and dtype as another one."""
+    return packed[start : start + like.nbytes].view(like.dtype).view(like.shape)
+
+
+def _tensors(value: object) -> Iterator[torch.Tensor]:
+    """Yield the tensors in a value, in the order in which `_with` replaces them."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for each in cast("Sequence[object]", value):
+            yield from _tensors(each)
+    elif dataclasses.is_dataclass(value):
+        for field in dataclasses.fields(value):
+            yield from _tensors(getattr(value, field.name))
+
+
+def _with(value: Any, tensors: Iterator[torch.Tensor]) -> Any:
+    """Return a value with other tensors in place of its own; what has none in it stays the same object."""
+    if isinstance(value, torch.Tensor):
+        return next(tensors)
+    if isinstance(value, (tuple, list)):
+        members = cast("Sequence[Any]", value)
+        others = [_with(each, tensors) for each in members]
+        return value if all(one is other for one, other in zip(members, others, strict=True)) else type(value)(others)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        own = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        changed = {name: other for name, each in own.items() if (other := _with(each, tensors)) is not each}
+        return dataclasses.replace(value, **changed) if changed else value
+    return value

@@ -1,0 +1,23 @@
+"""The random numbers of `philox.exponential_rows`, in one launch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexgen.kernels.checks import check_shapes
+from flexgen.kernels.triton.programs import philox
+
+COUNTERS = 256  # of a program
+
+
+def exponential_rows(seeds: Tensor, positions: Tensor, size: int) -> Tensor:
+    """Return exponentially distributed numbers, float64 (rows, size); see `philox.exponential_rows`."""
+    num_rows = len(seeds)
+    check_shapes(seeds=(seeds, (num_rows, 1)), positions=(positions, (num_rows, 1)))
+    out = torch.empty(num_rows, size, dtype=torch.float64, device=seeds.device)
+    kernel: Any = philox.exponential_rows  # as Triton makes it, which type checkers do not know
+    kernel[(num_rows, -(-size // (4 * COUNTERS)))](seeds.contiguous(), positions.contiguous(), out, size, COUNTERS=COUNTERS)
+    return out
