@@ -23,11 +23,11 @@ from record import Results
 from flexgen.errors import CapacityError
 from flexgen.options import EngineOptions
 from flexgen.plan.known.machines import beside_checkpoint, find_machine, limits_of
-from flexgen.plan.known.models import catalogue_spec
 from flexgen.plan.search.evaluate import Bounds
 from flexgen.plan.search.optimise import Search, Solution
 from flexgen.plan.search.solve import space_of
 from flexgen.plan.workload import Workload
+from flexgen.session.lookup import spec_of
 
 PROCESS_BYTES = int(1.5e9)
 PATIENT = 8.0
@@ -60,7 +60,8 @@ class Case:
         Raises:
             CapacityError: none fits.
         """
-        machine, spec = find_machine(self.box), catalogue_spec(self.model)
+        machine = find_machine(self.box)
+        spec = spec_of(self.model, device=machine.device, bfloat16="bfloat16" in machine.dense)
         options = EngineOptions(dtype=spec.dtype, **self.options, **(pins or {}))
         limits = beside_checkpoint(limits_of(machine, options), spec.checkpoint_bytes, options)
         space = space_of(options, spec, machine, limits, self.workload, process_bytes=PROCESS_BYTES)
