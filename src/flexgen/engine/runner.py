@@ -18,6 +18,7 @@ import torch
 from flexgen.base.recorder import COMPUTE, WAITING, Recorder
 from flexgen.devices.base import Device
 from flexgen.devices.recorded import RecordedDevice
+from flexgen.devices.staging import Staging
 from flexgen.engine.sweep import MicroBatchForward, SweepRecorder, run_pass
 from flexgen.io.direct_io import FileSet
 from flexgen.io.pool import IOPool
@@ -99,7 +100,8 @@ class ModelRunner:
             self.values = ValueCounter()
             self._files = FileSet(verify=verify_reads)
             opened.callback(self._files.close)
-            self._rows = EmbeddingRows(model.tables, backend, verify=verify_reads, recorder=recorder)
+            staging = Staging(backend, policy.copies_in_bytes, policy.copies_out_bytes)
+            self._rows = EmbeddingRows(model.tables, staging, verify=verify_reads, recorder=recorder)
             opened.callback(self._rows.close)
             self._io = IOPool(policy.io_threads, recorder)
             opened.callback(self._io.close)
@@ -115,8 +117,9 @@ class ModelRunner:
             )  # fmt: skip
             opened.callback(self._weights.close)
             self.places, self.cache = open_places(KVSetup(
-                groups=group_layers(model.layers, policy.page_tokens, model.kv_format), policy=policy, backend=backend, io=self._io,
-                offload_dir=offload_dir, notify=self._arrived.set, verify=verify_reads, values=self.values, recorder=recorder,
+                groups=group_layers(model.layers, policy.page_tokens, model.kv_format), policy=policy, backend=backend,
+                staging=staging, io=self._io, offload_dir=offload_dir, notify=self._arrived.set, verify=verify_reads, values=self.values,
+                recorder=recorder,
             ))  # fmt: skip
             for place in self.places.values():
                 opened.callback(place.close)

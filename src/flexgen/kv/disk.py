@@ -9,14 +9,12 @@ import contextlib
 import functools
 from collections.abc import Iterator, Sequence
 
-import torch
-
 from flexgen.base.recorder import WAITING
 from flexgen.io.pool import Contents, IOPool, Ticket
 from flexgen.kv.format import KVPages
 from flexgen.kv.host import HostAttention, HostView
 from flexgen.kv.pages import layer_index
-from flexgen.kv.place import PendingAttention, Place, View
+from flexgen.kv.place import Answer, Place, View
 from flexgen.kv.read_ahead import ReadAhead
 from flexgen.kv.slots import BatchSlots
 from flexgen.kv.spill import DiskPool, StagedLayer
@@ -137,5 +135,5 @@ class DiskView:
     def __init__(self, batch: BatchSlots, staged: HostView) -> None:
         self.batch, self.plan, self._staged = batch, staged.plan, staged
 
-    def attend(self, call: AttentionCall) -> torch.Tensor | PendingAttention:
+    def attend(self, call: AttentionCall) -> Answer:
         return self._staged.attend(call)
