@@ -23,6 +23,7 @@ from flexgen.engine.sweep import MicroBatchForward, SweepRecorder, run_pass
 from flexgen.io.direct_io import FileSet
 from flexgen.io.pool import IOPool
 from flexgen.kernels.threads import KernelThreads
+from flexgen.kv.flow import KVFlow
 from flexgen.kv.open import KVSetup, open_places
 from flexgen.kv.pages import group_layers
 from flexgen.kv.sparse import ValueCounter
@@ -118,8 +119,8 @@ class ModelRunner:
             opened.callback(self._weights.close)
             self.places, self.cache = open_places(KVSetup(
                 groups=group_layers(model.layers, policy.page_tokens, model.kv_format), policy=policy, backend=backend,
-                staging=staging, io=self._io, offload_dir=offload_dir, notify=self._arrived.set, verify=verify_reads, values=self.values,
-                recorder=recorder,
+                staging=staging, flow=KVFlow.of(has_device=backend is not None), io=self._io, offload_dir=offload_dir,
+                notify=self._arrived.set, verify=verify_reads, values=self.values, recorder=recorder,
             ))  # fmt: skip
             for place in self.places.values():
                 opened.callback(place.close)

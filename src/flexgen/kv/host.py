@@ -42,7 +42,7 @@ class HostAttention:
         kernels: The kernels of the host.
         device_kernels: The kernels of the computing device, for prompts.
         staging: What copies tensors between the computing device and the host.
-        flow: What counts the prompts whose keys and values are between the two.
+        flow: What counts the prompts whose keys and values are on the way.
         notify: A function that wakes the ready loop.
         worker: The name of the thread.
         sparse: What generated tokens keep of what they see; None for all of it.

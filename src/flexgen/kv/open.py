@@ -40,12 +40,12 @@ class KVSetup:
         policy: The policy, which states the sizes of the pools.
         backend: The computing device; None if that is the host.
         staging: What copies tensors between the two.
+        flow: What counts the prompts whose keys and values are on the way, on all tiers together.
         io: The threads that read and write pages on disk.
         offload_dir: The folder of the spill file; None if there is none.
         notify: A function that wakes the ready loop.
         verify: Whether to compare the bytes that are read from disk with those that were written.
         values: What counts the values that sparse attention does not read.
-        flow: What counts the prompts whose keys and values are between device and host.
         recorder: The recorder of the trace; None without one.
     """
 
@@ -53,12 +53,12 @@ class KVSetup:
     policy: Policy
     backend: Device | None
     staging: Staging
+    flow: KVFlow
     io: IOPool
     offload_dir: Path | None
     notify: Callable[[], None]
     verify: bool = False
     values: ValueCounter = field(default_factory=ValueCounter)
-    flow: KVFlow = field(default_factory=KVFlow)
     recorder: Recorder | None = None
 
     @property

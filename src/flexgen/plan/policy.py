@@ -15,7 +15,7 @@ SPARSE_KV_BYTES = 16 * MIB  # keys and values that are held in float32 at a time
 LEAST_KEPT = 64  # positions that a head keeps at least under sparse attention: four pages
 HOME_ALIGNMENT = 4096  # units in host memory beside a device take whole pages, from which the link copies them
 SCRATCH_UNITS = 3  # units that are open at a time and were decoded for that
-PROMPTS_ON_THE_WAY = 3  # micro-batches of prompts whose keys and values of a layer are between the device and the host
+PROMPTS_ON_THE_WAY = 2  # micro-batches of prompts whose keys and values of a layer are between the device and the host
 # A device decodes so many numbers at once by torch operations, whose temporary tensors take at most so many bytes for each: indices, values
 # and scales, in float32 or int32.
 DECODED_AT_ONCE, DECODING_BYTES = 1 << 21, 20
