@@ -55,7 +55,7 @@ def test_copies_pass_through_memory_of_the_device_again_and_again(device: Counti
         sources = torch.randn(3, 5).bfloat16().T, torch.randn(7, dtype=torch.float64), torch.empty(0, 4)
         with staging.to_host(*(source.to(device.device) for source in sources)).arrived() as copies:
             assert all(torch.equal(copy, source) for copy, source in zip(copies, sources, strict=True))
-            assert all(device.gave(copy) for copy in copies)
+            assert all(device.gave(copy) for copy in copies if copy.numel())
         taken = staging.to_device(*sources).take()
         assert all(torch.equal(copy.cpu(), source) for copy, source in zip(taken, sources, strict=True))
     assert (device.num_out, device.num_urgent) == (20, 20), "tensors cross together, and no copy takes a marker"
