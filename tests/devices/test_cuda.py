@@ -18,8 +18,8 @@ from tests.devices.fake_cudart import PAGE, FakeRuntime
 
 class FakeEvent:
     def __init__(self, **how: Any) -> None:
-        self.how, self.stream = how, None
-        self.waited = False
+        self.how, self.waited = how, False
+        self.stream: FakeStream | None = None
 
     def synchronize(self) -> None:
         self.waited = True

@@ -191,10 +191,10 @@ class HostView:
                 attention.flow.leave()
 
         def fetch() -> list[DeviceCopies | None]:
-            return [each and attention.staging.to_device(*each) for each in store()]
+            return [None if each is None else attention.staging.to_device(*each) for each in store()]
 
         def fetched(past: Sequence[DeviceCopies | None]) -> torch.Tensor:
-            taken: list[Past] = [each and tuple(each.take()) for each in past]
+            taken: list[Past] = [None if each is None else tuple(each.take()) for each in past]
             attention.flow.leave()
             return self._attended(call, group, taken)
 
