@@ -17,7 +17,7 @@ from traces import Trace, read_trace
 from transformers import AutoConfig
 
 from flexgen import LLM, OptionError, SamplingParams
-from flexgen.base.recorder import COMPUTE, DEVICE_TO_HOST, HOST_TO_DEVICE, IO, PASSES, WEIGHTS_TO_DEVICE, Recorder
+from flexgen.base.recorder import COMPUTE, DEVICE_TO_HOST, HOST_TO_DEVICE, IO, PASSES, URGENT_TO_DEVICE, WEIGHTS_TO_DEVICE, Recorder
 from flexgen.devices.sim import SimulatedDevice
 from flexgen.engine.engine import Engine
 from flexgen.models.assemble import assemble_model
@@ -139,7 +139,9 @@ def test_bytes_are_those_of_the_report(traced: Traced, policy: Policy) -> None:
     assert trace.bytes_of("KV to disk") == written
     assert (written > 0) == (policy.kv.disk > 0)
     if policy.device == "sim":
-        assert trace.bytes_of(HOST_TO_DEVICE) == moved["host_to_device"] > 0
+        bulk, urgent = trace.bytes_of(HOST_TO_DEVICE), trace.bytes_of(URGENT_TO_DEVICE)
+        assert bulk + urgent == moved["host_to_device"]
+        assert bulk > urgent > 0
         assert trace.bytes_of(DEVICE_TO_HOST) == moved["device_to_host"] > 0
         assert len(trace.named(WEIGHTS_TO_DEVICE, "unit")) >= traced.num_passes
 

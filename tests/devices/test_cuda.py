@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
 from flexgen.devices import cuda
+from flexgen.devices.chunks import CHUNK_BYTES, OUTSTANDING_BYTES
 from flexgen.devices.cuda import CudaDevice
 from flexgen.devices.open import open_device
 from tests.devices.fake_cudart import PAGE, FakeRuntime
@@ -16,41 +18,123 @@ from tests.devices.fake_cudart import PAGE, FakeRuntime
 
 class FakeEvent:
     def __init__(self, **how: Any) -> None:
-        self.how = how
+        self.how, self.waited = how, False
+        self.stream: FakeStream | None = None
+
+    def synchronize(self) -> None:
+        self.waited = True
+
+    def query(self) -> bool:
+        return self.waited
 
 
 class FakeStream:
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    """Records what it is told, in order; `made` are those that the device made."""
 
-    def record_event(self, event: FakeEvent | None = None) -> FakeEvent:
-        return event or FakeEvent()
+    made: list[FakeStream]
+    inside: FakeStream | None = None  # the one in which copies are started
+
+    def __init__(self, device: torch.device, priority: int = 0) -> None:
+        self.device, self.priority = device, priority
+        self.told: list[tuple[str, Any]] = []
+        FakeStream.made.append(self)
+
+    def record_event(self, event: FakeEvent) -> FakeEvent:
+        event.stream = self
+        self.told.append(("record", event))
+        return event
+
+    def wait_event(self, event: FakeEvent) -> None:
+        assert isinstance(event, FakeEvent)
+        assert event.stream is not None, "an event that nobody recorded has happened"
+        self.told.append(("wait", event))
 
     def wait_stream(self, other: FakeStream) -> None:
-        pass
+        self.told.append(("wait", other))
+
+    @contextlib.contextmanager
+    def entered(self) -> Iterator[None]:
+        FakeStream.inside, before = self, FakeStream.inside
+        yield
+        FakeStream.inside = before
 
 
 @pytest.fixture
 def runtime(monkeypatch: pytest.MonkeyPatch) -> FakeRuntime:
     """The runtime of devices that are opened."""
-    runtime, current = FakeRuntime(), FakeStream(torch.device("cuda", 0))
+    FakeStream.made = []
+    runtime, current, really = FakeRuntime(), FakeStream(torch.device("cuda", 0)), torch.Tensor.copy_
     fakes = {
-        "Stream": FakeStream, "Event": FakeEvent, "stream": lambda stream: contextlib.nullcontext(), "synchronize": lambda device: None,
+        "Stream": FakeStream, "Event": FakeEvent, "stream": FakeStream.entered, "synchronize": lambda device: None,
         "current_stream": lambda device: current,
     }  # fmt: skip
+
+    def copy(destination: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
+        if FakeStream.inside is not None:
+            FakeStream.inside.told.append(("copy" if non_blocking else "blocking copy", source.nbytes))
+        return really(destination, source)
+
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
-    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)
+    monkeypatch.setattr(torch.Tensor, "copy_", copy)
     monkeypatch.setattr(cuda, "cuda_runtime", lambda: runtime)
     return runtime
+
+
+def told(stream: FakeStream) -> list[str]:
+    return [what for what, _ in stream.told]
 
 
 def test_threads_that_wait_for_copies_sleep(runtime: FakeRuntime) -> None:
     device = CudaDevice(0)
     source, destination = torch.arange(5), torch.zeros(5, dtype=torch.int64)
-    events = [device.copy_in(destination, source), device.copy_out(destination, source)]
-    assert [event.event.how for event in events] == [{"blocking": True}] * 2
-    assert (device.bytes_in, device.bytes_out) == (40, 40)
+    copies = [device.copy_in, device.copy_in_urgently, device.copy_out]
+    events = [*(copy(destination, source) for copy in copies), device.marker()]
+    assert [event.event.how for event in events] == [{"blocking": True}] * 4
+    assert (device.bytes_in, device.bytes_out) == (80, 40)
+
+
+def test_each_kind_of_copy_has_a_stream_and_only_what_must_wait_waits(runtime: FakeRuntime) -> None:
+    device = CudaDevice(0)
+    computing, bulk, urgent, out = FakeStream.made
+    source, destination = torch.arange(5), torch.zeros(5, dtype=torch.int64)
+    marker = device.marker()
+    copies = [
+        device.copy_in(destination, source, marker),
+        device.copy_in_urgently(destination, source),
+        device.copy_out(destination, source),
+    ]
+    assert [event.event.stream for event in (marker, *copies)] == [computing, bulk, urgent, out]
+    assert [told(stream) for stream in (bulk, urgent, out)] == [["wait", "copy", "record"], ["copy", "record"], ["wait", "copy", "record"]]
+    assert bulk.told[0][1] is marker.event
+    assert out.told[0][1] is computing
+    assert urgent.priority < bulk.priority, "lower numbers go first"
+    device.await_in(copies[1])
+    assert computing.told[-1] == ("wait", copies[1].event)
+
+
+def test_a_large_copy_is_cut_and_its_thread_sleeps_for_chunks_only(runtime: FakeRuntime) -> None:
+    device = CudaDevice(0)
+    _, bulk, _, _ = FakeStream.made
+    source = torch.zeros(OUTSTANDING_BYTES + 2 * CHUNK_BYTES - 5, dtype=torch.uint8)
+    event = device.copy_in(torch.empty_like(source), source, device.marker())
+    sizes = [size for what, size in bulk.told if what == "copy"]
+    assert sum(sizes) == source.nbytes
+    assert max(sizes) == CHUNK_BYTES
+    assert told(bulk) == ["wait", *["copy", "record"] * len(sizes)]
+    recorded = [event for what, event in bulk.told if what == "record"]
+    assert [each.waited for each in recorded] == [True] * 2 + [False] * 3
+    assert event.event is recorded[-1]
+
+
+def test_new_memory_is_not_used_by_queued_computing(runtime: FakeRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch may hand out what a tensor that is gone has left, while computing with it has not begun."""
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda size, dtype, device: empty(size, dtype=dtype))
+    device = CudaDevice(100)
+    device.allocate(100)
+    ((_, event),) = FakeStream.made[0].told
+    assert event.waited
 
 
 def test_closing_unpins_host_memory(runtime: FakeRuntime) -> None:

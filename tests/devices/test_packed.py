@@ -11,6 +11,7 @@ import torch
 
 from flexgen.devices.packed import PackedCopies
 from flexgen.devices.sim import SimulatedDevice
+from flexgen.devices.staging import Staging
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,9 +35,9 @@ class CountingDevice(SimulatedDevice):
         super().__init__(1 << 20, max_delay_seconds=0.0001)
         self.num_copies = 0
 
-    def copy_in(self, *args: Any, **how: Any) -> Any:
+    def copy_in_urgently(self, *args: Any, **how: Any) -> Any:
         self.num_copies += 1
-        return super().copy_in(*args, **how)
+        return super().copy_in_urgently(*args, **how)
 
 
 @pytest.fixture
@@ -57,7 +58,7 @@ def a_value() -> list[Any]:
 
 def test_one_copy_brings_all_tensors_of_a_value(device: CountingDevice) -> None:
     value, before = a_value(), device.synchronisations
-    (outer, empty, (flags, nothing)) = PackedCopies(device).to_device(value)
+    (outer, empty, (flags, nothing)) = PackedCopies(Staging(device)).to_device(value)
     assert (device.num_copies, device.synchronisations) == (1, before)
     assert (outer.pair[1:], outer.parts[0].name, nothing) == ((8, 9), "inner", None)
     assert outer.sizes is value[0].sizes, "what holds no tensor stays as it is"
@@ -70,23 +71,23 @@ def test_one_copy_brings_all_tensors_of_a_value(device: CountingDevice) -> None:
 
 def test_the_value_itself_is_not_changed(device: CountingDevice) -> None:
     value = a_value()
-    PackedCopies(device).to_device(value)
+    PackedCopies(Staging(device)).to_device(value)
     assert value[0].parts[0].numbers.device.type == value[1].device.type == "cpu"
 
 
 def test_a_value_without_tensors_costs_no_copy(device: CountingDevice) -> None:
-    assert PackedCopies(device).to_device((1, "two", [])) == (1, "two", [])
-    (empty,) = PackedCopies(device).to_device([torch.empty(0)])
+    assert PackedCopies(Staging(device)).to_device((1, "two", [])) == (1, "two", [])
+    (empty,) = PackedCopies(Staging(device)).to_device([torch.empty(0)])
     assert (empty.device, device.num_copies) == (device.device, 0)
 
 
 def test_results_come_back_in_one_copy(device: CountingDevice) -> None:
     numbers = torch.arange(5).to(device.device)
-    with PackedCopies(device).to_host(numbers).arrived() as (copy,):
+    with PackedCopies(Staging(device)).to_host(numbers).arrived() as (copy,):
         assert copy.tolist() == [0, 1, 2, 3, 4]
 
 
 def test_on_the_host_nothing_is_copied() -> None:
-    value, copies = a_value(), PackedCopies(None)
+    value, copies = a_value(), PackedCopies(Staging(None))
     assert copies.to_device(value) is value
     assert copies.device.type == "cpu"

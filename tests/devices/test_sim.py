@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 
 from flexgen.devices import sim as module
 from flexgen.devices.base import POISON
-from flexgen.devices.sim import SimulatedDevice
+from flexgen.devices.sim import SimEvent, SimulatedDevice
 from flexgen.errors import CapacityError, EngineError
 
 SIZE = 64
@@ -96,31 +97,104 @@ def test_a_copy_over_what_computing_uses_needs_a_marker(sim: SimulatedDevice) ->
 
 def test_waiting_for_a_result_is_as_good_as_a_marker(sim: SimulatedDevice) -> None:
     arena, result = sim.allocate(SIZE), source(0)
-    sim.copy_out(result, arena + 1).wait()
+    sim.copy_out(result, computed := arena + 1).wait()
     sim.copy_in(arena, source(3))
+    del computed
 
 
-def test_memory_of_the_allocator_needs_a_marker(sim: SimulatedDevice) -> None:
-    """Computing may have used it a moment ago, for what is freed already."""
-    destination = torch.empty(SIZE, dtype=torch.uint8, device=sim.device)
-    with pytest.raises(EngineError, match="needs a marker"):
-        sim.copy_in(destination, source(3))
-    sim.copy_in(destination, source(3), sim.marker()).wait()
-    assert destination.tolist() == [3] * SIZE
+def test_a_marker_that_the_host_has_seen_is_needed_no_more(sim: SimulatedDevice) -> None:
+    arena = sim.allocate(SIZE)
+    used = arena + 1
+    marker = sim.marker()
+    with pytest.raises(EngineError, match="later marker"):
+        sim.copy_in_urgently(arena, source(3))
+    assert any(marker.done() for _ in range(50))
+    sim.copy_in_urgently(arena, source(3))
+    used = arena + 1
+    sim.marker().wait()
+    sim.copy_in(arena, source(3))
+    del used
 
 
-def test_a_direction_keeps_its_order_and_directions_do_not_wait_for_each_other() -> None:
+@pytest.mark.parametrize("copy", [SimulatedDevice.copy_in, SimulatedDevice.copy_in_urgently])
+def test_copies_in_end_in_arenas(sim: SimulatedDevice, copy: Callable[..., SimEvent]) -> None:
+    """Computing may have used other memory a moment ago, for what is freed already."""
+    with pytest.raises(EngineError, match="end in arenas"):
+        copy(sim, torch.empty(SIZE, dtype=torch.uint8, device=sim.device), source(3))
+
+
+def test_the_source_of_a_copy_out_is_kept(sim: SimulatedDevice) -> None:
+    """Freed memory is used again by what is computed next."""
+    computed, result = sim.allocate(SIZE) + 1, source(0)
+    event = sim.copy_out(result, computed)
+    del computed
+    with pytest.raises(EngineError, match="was freed before"):
+        event.wait()
+
+
+def test_streams_keep_their_order_and_do_not_wait_for_each_other() -> None:
     orders = set()
     for seed in range(20):
         sim = SimulatedDevice(1 << 20, seed=seed, max_delay_seconds=0)
-        arenas, results = [sim.allocate(SIZE) for _ in range(4)], [source(0) for _ in range(4)]
-        ins = [sim.copy_in(arena, source(3)) for arena in arenas[:2]]
-        outs = [sim.copy_out(result, arena) for result, arena in zip(results[:2], arenas[2:], strict=True)]
-        ran = [[each.copied is not None for each in events] for events in (ins, outs)]
+        arenas, results = [sim.allocate(SIZE) for _ in range(6)], [source(0) for _ in range(2)]
+        events = [
+            [sim.copy_in(arena, source(3)) for arena in arenas[:2]],
+            [sim.copy_in_urgently(arena, source(3)) for arena in arenas[2:4]],
+            [sim.copy_out(result, arena) for result, arena in zip(results, arenas[4:], strict=True)],
+        ]
+        ran = [[each.copied is not None for each in stream] for stream in events]
         assert all(each == sorted(each, reverse=True) for each in ran), "the first comes first"
         orders.add(str(ran))
         sim.close()
-    assert len(orders) > 2
+    assert len(orders) > 4
+
+
+class Gate:
+    """Holds a thread that waits for a chunk until it is opened."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.reached, self.opened, really = threading.Event(), threading.Event(), SimEvent.wait
+
+        def wait(event: SimEvent) -> None:
+            if threading.current_thread() is not threading.main_thread():
+                self.reached.set()
+                assert self.opened.wait(20)
+            really(event)
+
+        monkeypatch.setattr(SimEvent, "wait", wait)
+
+
+def test_an_urgent_copy_overtakes_a_bulk_copy(sim: SimulatedDevice, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the thread that feeds the chunks sleeps: the urgent one is submitted last and complete first, and both events are right."""
+    gate, size = Gate(monkeypatch), 4 * module.OUTSTANDING_BYTES
+    large, small = sim.allocate(size), sim.allocate(SIZE)
+    weights = torch.arange(size, dtype=torch.int64).to(torch.uint8)
+    events: list[SimEvent] = []
+    link = threading.Thread(target=lambda: events.append(sim.copy_in(large, weights)))
+    link.start()
+    assert gate.reached.wait(20)
+    urgent = sim.copy_in_urgently(small, source(7))
+    sim.await_in(urgent)
+    assert small.tolist() == [7] * SIZE
+    urgent.wait()
+    assert urgent.done()
+    assert not events, "the bulk copy is not even submitted whole"
+    assert large[-SIZE:].tolist() == [POISON] * SIZE
+    gate.opened.set()
+    link.join(20)
+    (bulk,) = events
+    assert not torch.equal(large.cpu(), weights), "its last chunks are outstanding"
+    sim.await_in(bulk)
+    assert torch.equal(large.cpu(), weights)
+
+
+def test_closing_completes_a_bulk_copy_of_which_chunks_are_outstanding(sim: SimulatedDevice) -> None:
+    arena, weights = sim.allocate(1 << 19), torch.ones(1 << 19, dtype=torch.uint8)
+    event = sim.copy_in(arena, weights)
+    assert not event.settled
+    sim.close()
+    assert event.done()
+    assert bool((arena.raw == 1).all())
 
 
 def test_closing_completes_all_copies(sim: SimulatedDevice) -> None:

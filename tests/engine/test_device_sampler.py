@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from flexgen.devices.packed import PackedCopies
 from flexgen.devices.sim import SimulatedDevice
+from flexgen.devices.staging import Staging
 from flexgen.engine.device_sampler import start_sampling
 from flexgen.engine.sampler import Sampled
 from flexgen.engine.sampling import Sampler
@@ -22,7 +23,7 @@ from flexgen.errors import RequestError
 from flexgen.request import TokenRequest
 from tests.engine.test_sampler import GREEDY, VOCAB, any_request, asks, random_logits
 
-HOST = PackedCopies(None)
+HOST = PackedCopies(Staging(None))
 Answers = Sequence[Sequence[int]]
 
 
@@ -223,7 +224,7 @@ def test_the_host_waits_once_for_a_batch(device: CountingDevice) -> None:
     logits, generated = random_logits(30, 500), [list(range(row % 9)) for row in range(30)]
     requests = [*mixed(28), asks(guide=Even()), replace(GREEDY, guide=Even())]
     logits_there, before = logits.to(device.device), device.synchronisations
-    finish = Sampler(PackedCopies(device)).start(logits_there, requests, generated)
+    finish = Sampler(PackedCopies(Staging(device))).start(logits_there, requests, generated)
     assert (device.num_in, device.num_out, device.num_waits) == (1, 1, 0)
     found = finish()
     assert (device.num_in, device.num_out, device.num_waits, device.synchronisations) == (1, 1, 1, before)
@@ -231,7 +232,7 @@ def test_the_host_waits_once_for_a_batch(device: CountingDevice) -> None:
 
 
 def test_several_batches_may_be_started(device: CountingDevice) -> None:
-    sampler, batches = Sampler(PackedCopies(device)), [random_logits(12, 200, seed=seed) for seed in range(4)]
+    sampler, batches = Sampler(PackedCopies(Staging(device))), [random_logits(12, 200, seed=seed) for seed in range(4)]
     generated = [[3, 4]] * 12
     waiting = [sampler.start(logits.to(device.device), mixed(12), generated) for logits in batches]
     for logits, finish in zip(batches, waiting, strict=True):
@@ -240,11 +241,11 @@ def test_several_batches_may_be_started(device: CountingDevice) -> None:
 
 def test_rows_that_take_the_likeliest_token_need_nothing_on_the_device(device: CountingDevice) -> None:
     logits = random_logits(5, 50).bfloat16()
-    found = Sampler(PackedCopies(device)).start(logits.to(device.device), [GREEDY] * 5, [[]] * 5)()
+    found = Sampler(PackedCopies(Staging(device))).start(logits.to(device.device), [GREEDY] * 5, [[]] * 5)()
     assert_same(found, by_rows(logits, [GREEDY] * 5, [[]] * 5))
     assert (device.num_in, device.num_out) == (0, 1)
 
 
 def test_no_rows(device: CountingDevice) -> None:
-    assert Sampler(PackedCopies(device)).start(torch.empty(0, 9).to(device.device), [], [])() == []
+    assert Sampler(PackedCopies(Staging(device))).start(torch.empty(0, 9).to(device.device), [], [])() == []
     assert Sampler(HOST).start(torch.empty(0, 9), [], [])() == []

@@ -21,7 +21,10 @@ from flexgen.kv.host import HostPlace
 from flexgen.models.assemble import AssembledModel, assemble_model
 from flexgen.plan.machine import Limits
 from flexgen.plan.policy import Fractions, Policy
+from flexgen.plan.price.copies import with_copies
 from flexgen.plan.price.memory import ENCODED, footprint
+from flexgen.plan.price.requests import JobSizes
+from flexgen.plan.workload import Workload
 from flexgen.request import TokenRequest
 from tests.devices.fake_cudart import PAGE, FakeRuntime
 
@@ -61,15 +64,22 @@ def assemble(novels_opt: Path) -> Callable[[], AssembledModel]:
     ids=str,
 )
 def test_what_is_pinned_is_what_the_plan_counts(weights: Fractions, assemble: Callable[[], AssembledModel]) -> None:
-    """To the page; only the memory that copies of a pass go through comes later."""
+    """To the page."""
     runtime, model = FakeRuntime(), assemble()
     device = PinningDevice(runtime)
+    requests = [TokenRequest(index=index, prompt_token_ids=(5,) * length, max_tokens=3) for index, length in enumerate((3, 40, 1, 25, 7))]
+    job = Workload(prompt_lens=tuple(len(each.prompt_token_ids) for each in requests), output_lens=(3,) * len(requests))
     policy = replace(POLICY, weights=weights, host_ring_bytes=POLICY.host_ring_bytes * bool(weights.disk))
+    policy = with_copies(policy, model.spec, JobSizes(model.spec, job, policy.page_tokens))
     counted = footprint(policy, model.spec, LIMITS, process_bytes=0)["host"]
     with Engine(model, policy, backend=device) as engine:
         engine.load()
-        parts = [counted[part] for part in ("weights", ENCODED, "weight staging", "decoding")]
-        assert sum(runtime.registered.values()) == device.host.size_bytes == sum(align_up(part, PAGE) for part in parts)
+        parts = [counted[part] for part in ("weights", ENCODED, "weight staging", "decoding", "copies")]
+        pinned = sum(align_up(part, PAGE) for part in parts)
+        assert sum(runtime.registered.values()) == device.host.size_bytes == pinned
+        used = device.used_bytes
+        assert len(list(engine.generate(requests))) == len(requests)
+        assert (device.host.size_bytes, device.used_bytes) == (pinned, used), "no pass needs more"
 
 
 def test_engines_unpin_what_they_pinned(assemble: Callable[[], AssembledModel]) -> None:

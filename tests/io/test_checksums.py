@@ -12,6 +12,7 @@ import torch
 
 from flexgen.checkpoint.pieces import whole
 from flexgen.checkpoint.sources import ParameterSource
+from flexgen.devices.staging import Staging
 from flexgen.errors import StorageError
 from flexgen.formats.base import StoredTensor
 from flexgen.io.aligned import AlignedBuffer
@@ -98,7 +99,7 @@ def test_rows_of_an_embedding_are_compared_with_their_first_reading(tmp_path: Pa
     stored = StoredTensor(name="m", path=path, offset=8, nbytes=400, dtype=torch.float32, shape=(20, 5))
     source = ParameterSource(name="m", shape=(20, 5), dtype=torch.float32, pieces=whole(stored))
     table = RowTable(module="m", source=source, dtype=torch.float32)
-    rows = EmbeddingRows([table], None, verify=True)
+    rows = EmbeddingRows([table], Staging(None), verify=True)
     before = rows.rows("m", torch.tensor([3, 7, 3]))[0].view(torch.uint8)
     for row, noticed in ((7, True), (9, False)):
         bit = (8 + row * 20 + 13) * 8 + 2

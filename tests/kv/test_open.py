@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from flexgen.devices.sim import SimulatedDevice
+from flexgen.devices.staging import Staging
 from flexgen.errors import CapacityError, EngineError, StorageError
 from flexgen.io.pool import IOPool
 from flexgen.kv.disk import DiskPlace
+from flexgen.kv.flow import KVFlow
 from flexgen.kv.format import PlainKV
 from flexgen.kv.host import HostPlace
 from flexgen.kv.local import LocalPlace
@@ -35,7 +37,10 @@ def io() -> Iterator[IOPool]:
 def setup(io: IOPool, kv: Fractions, folder: Path | None, device: SimulatedDevice | None) -> KVSetup:
     chosen = policy("sim" if device is not None else "cpu", weights=Fractions(host=1), kv=kv, ring_bytes=1 << 20)
     groups = group_layers(LAYERS, chosen.page_tokens, PlainKV(torch.float32))
-    return KVSetup(groups=groups, policy=chosen, backend=device, io=io, offload_dir=folder, notify=lambda: None)
+    flow = KVFlow.of(has_device=device is not None)
+    return KVSetup(
+        groups=groups, policy=chosen, backend=device, staging=Staging(device), flow=flow, io=io, offload_dir=folder, notify=lambda: None
+    )
 
 
 def attention_threads() -> list[str]:

@@ -10,6 +10,7 @@ from flexgen.errors import CapacityError, OptionError
 from flexgen.plan.model import KVGroupSpec, UnitSpec
 from flexgen.plan.play.simulate import simulate
 from flexgen.plan.policy import Fractions
+from flexgen.plan.price.copies import copies_bytes
 from flexgen.plan.price.memory import FRAGMENTATION, activation_bytes, footprint, scratch_bytes
 from flexgen.plan.price.pass_time import Expectation
 from flexgen.plan.price.requests import JobSizes
@@ -97,8 +98,16 @@ def test_a_small_device_streams_through_both_rings(plan, llama_3b):
     policy = plan(limits={"device": "sim", "device_bytes": 2 * GIB, "host_bytes": 3 * GIB})
     assert policy.weights.disk > 0
     largest = max(unit.disk_bytes for unit in llama_3b.units)
-    assert policy.device_ring_bytes >= 2 * largest
+    assert policy.device_ring_bytes >= 3 * largest
     assert policy.host_ring_bytes >= 3 * largest
+
+
+def test_the_ring_of_a_device_holds_two_layers_where_these_are_a_small_part_of_it(plan, llama_3b):
+    """Else the link would be idle while the units of one layer wait for attention."""
+    for device_bytes in (2 * GIB, 5 * GIB):
+        policy = plan(limits={"device": "sim", "device_bytes": device_bytes, "host_bytes": 8 * GIB}, weights="host=1", kv="host=1")
+        layer = llama_3b.decoded_bytes / 28
+        assert policy.device_ring_bytes == pytest.approx(min(2 * layer, 0.15 * device_bytes), rel=1e-3)
 
 
 def test_kv_goes_to_disk_only_where_it_may(plan):
@@ -228,8 +237,11 @@ def test_budgets_are_never_exceeded(plan, llama_3b, make_limits, process_bytes, 
     for tier, parts in used.items():
         assert sum(parts.values()) <= limits[f"{tier}_bytes"], tier
         assert min(parts.values()) >= 0
-    activations = activation_bytes(llama_3b, JobSizes(llama_3b, job, policy.page_tokens), policy)
-    assert policy.workspace_bytes >= activations
+    sizes = JobSizes(llama_3b, job, policy.page_tokens)
+    assert policy.workspace_bytes >= activation_bytes(llama_3b, sizes, policy)
+    assert (policy.copies_in_bytes, policy.copies_out_bytes) == copies_bytes(llama_3b, sizes, policy)
+    copied = policy.copies_in_bytes, policy.copies_in_bytes + policy.copies_out_bytes
+    assert (used.get("device", {}).get("copies", 0), used["host"]["copies"]) == copied
     played = simulate(llama_3b, policy, job)
     assert played.num_refused < len(job)
     for tier, held in played.kv_bytes.items():

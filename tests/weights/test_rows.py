@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from flexgen.base.parallel import Parallel, serially
+from flexgen.base.quantities import align_up
 from flexgen.checkpoint.pieces import whole
 from flexgen.checkpoint.sources import ParameterSource
 from flexgen.devices.sim import SimulatedDevice
+from flexgen.devices.staging import TENSOR_ALIGNMENT, Staging
 from flexgen.formats.base import Encoding, EncodingPart, NumberFormat, StoredTensor
 from flexgen.weights.rows import EmbeddingRows, RowTable
 
@@ -47,7 +49,7 @@ def table_in(folder: Path, dtype: torch.dtype = torch.float32) -> RowTable:
 
 def test_rows_on_a_device_are_verified(tmp_path: Path, sim: SimulatedDevice) -> None:
     """The second reading is compared with the first; ids are on the device, sums and rows in host memory."""
-    rows = EmbeddingRows([table_in(tmp_path)], sim, verify=True)
+    rows = EmbeddingRows([table_in(tmp_path)], Staging(sim), verify=True)
     ids = IDS.to(sim.device)
     for _ in range(2):
         found, renumbered = rows.rows("embed", ids)
@@ -74,7 +76,7 @@ def test_rows_of_an_encoded_table(tmp_path: Path) -> None:
     assert source.rows_apart
     table = RowTable(module="embed", source=source, dtype=torch.bfloat16)
     assert table.row_bytes == 8 + 4
-    rows = EmbeddingRows([table], None, verify=True)
+    rows = EmbeddingRows([table], Staging(None), verify=True)
     for _ in range(2):
         found, renumbered = rows.rows("embed", IDS)
         assert torch.equal(found[renumbered], (integers * scales[:, None]).to(torch.bfloat16)[IDS])
@@ -96,11 +98,12 @@ def test_rows_that_lie_together_are_not_gathered(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rows_of_known_ids_cross_the_link_without_waiting(tmp_path: Path, sim: SimulatedDevice, dtype: torch.dtype) -> None:
-    rows = EmbeddingRows([table_in(tmp_path, dtype)], sim)
+    rows = EmbeddingRows([table_in(tmp_path, dtype)], Staging(sim))
     waited = sim.synchronisations
     gathered = [rows.rows("embed", ids.to(sim.device), ids) for ids in (IDS, IDS + 1, IDS + 2)]
     assert sim.synchronisations == waited
-    assert sim.bytes_in == 3 * (3 * 8 * dtype.itemsize + IDS.nbytes), "three different rows each time, and their numbers"
+    sizes = (3 * 8 * dtype.itemsize, IDS.nbytes)  # three different rows each time, and their numbers
+    assert sim.bytes_in == 3 * sum(align_up(size, TENSOR_ALIGNMENT) for size in sizes)
     for number, (found, renumbered) in enumerate(gathered):
         assert torch.equal(found[renumbered].cpu(), NUMBERS[IDS + number].to(dtype))
     rows.rows("embed", IDS.to(sim.device))

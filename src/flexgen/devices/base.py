@@ -5,7 +5,7 @@ On a CPU there is no such device: computing happens in host memory.
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
@@ -17,20 +17,23 @@ POISON = 0xFF  # as floating point: NaN in every format
 
 
 class Event(Protocol):
-    """The completion of one copy."""
+    """The completion of one copy, or a marker of computing."""
 
     def done(self) -> bool: ...
 
     def wait(self) -> None:
-        """Return once the copy is complete, so that its source may be overwritten and its destination read."""
+        """Return once the copy is complete, so that its source may be overwritten and its destination read, or the marker has passed."""
         ...
 
 
 class Device(Protocol):
     """A device with memory of its own.
 
-    Copies in, copies out and computing are three streams: each runs in its order, and none waits for another unless a
-    marker, an event or the host makes it.
+    Computing, bulk copies in, urgent copies in and copies out are four streams: each runs in its order, and none waits for another
+    unless a marker, an event or the host makes it.  Bulk copies are cut into chunks of which few are outstanding at a time
+    (chunks.py), so that the other copies do not wait long where a link carries one copy at a time.
+
+    Copies in end in arenas only.  Other memory of the device may have been used by computing a moment ago, for what is freed already.
 
     Attributes:
         device: The torch device of tensors to compute with.
@@ -76,21 +79,34 @@ class Device(Protocol):
         """
         ...
 
-    def copy_in(self, destination: torch.Tensor, source: torch.Tensor, after: Any = None) -> Event:
-        """Start a copy from the host to the device; both tensors have the same number of bytes.
+    def copy_in(self, destination: torch.Tensor, source: torch.Tensor, after: Event | None = None) -> Event:
+        """Copy any number of bytes from the host to the device.
+
+        The calling thread sleeps until all of the copy but the last few chunks has arrived, and so also until `after` has passed.
 
         Args:
-            destination: A tensor on the device.  Its contents are undefined until the event, for which computing waits by `await_in`.
-            source: A tensor on the host, which must not change until the host has seen the event.
-            after: A marker after which the copy starts; needed if earlier computing used the destination.
+            destination: A contiguous tensor in an arena.  Its contents are undefined until the event, for which computing waits by
+                `await_in`.
+            source: A contiguous tensor on the host with the same number of bytes, which must not change until the host has seen the event.
+            after: A marker after which the copy starts; needed if computing used the destination since the host last waited for it.
+        """
+        ...
+
+    def copy_in_urgently(self, destination: torch.Tensor, source: torch.Tensor) -> Event:
+        """Start a copy from the host to the device that goes before all chunks which are not outstanding yet; it waits for nothing else.
+
+        The arguments are those of `copy_in`.  The host must have seen the end of all computing that used the destination.
         """
         ...
 
     def copy_out(self, destination: torch.Tensor, source: torch.Tensor) -> Event:
-        """Start a copy from the device to the host, of the results of all computing so far."""
+        """Start a copy from the device to the host, of the results of all computing so far.
+
+        The caller keeps a reference to `source` until the host has seen the event.
+        """
         ...
 
-    def marker(self) -> Any:
+    def marker(self) -> Event:
         """Return a marker in the device's computing, which passes when everything submitted before it is done."""
         ...
 

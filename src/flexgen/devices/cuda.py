@@ -1,7 +1,8 @@
-"""CUDA devices: a stream per direction, and host memory that is pinned."""
+"""CUDA devices: streams for bulk copies in, for urgent ones and for copies out, and host memory that is pinned."""
 
 from __future__ import annotations
 
+import functools
 import logging
 from typing import Any
 
@@ -9,14 +10,17 @@ import torch
 
 from flexgen.devices.arena import HostArena
 from flexgen.devices.base import Arenas, Event
+from flexgen.devices.chunks import Chunks
 from flexgen.devices.cuda_memory import CudaMemory, cuda_memory
 from flexgen.devices.cudart import cuda_runtime
 
 logger = logging.getLogger(__name__)
 
+HIGH = -1  # the priority of a stream; others have 0
+
 
 class CudaEvent:
-    """The completion of a copy on a stream."""
+    """The completion of a copy on a stream, or a marker of computing; threads that wait for it sleep, since attention needs the cores."""
 
     def __init__(self, event: Any) -> None:
         self.event = event
@@ -34,8 +38,10 @@ class CudaDevice(Arenas):
     def __init__(self, budget_bytes: int, index: int = 0) -> None:
         super().__init__(budget_bytes)
         self.device = torch.device("cuda", index)
-        self._in = torch.cuda.Stream(self.device)
+        self._bulk = torch.cuda.Stream(self.device)
+        self._urgent = torch.cuda.Stream(self.device, priority=HIGH)
         self._out = torch.cuda.Stream(self.device)
+        self._chunks = Chunks(functools.partial(self._copy, self._bulk))
         runtime = cuda_runtime()
         if runtime is None:
             logger.warning("cannot pin host memory, because no CUDA runtime library of torch's was found: copies will be slower")
@@ -52,33 +58,38 @@ class CudaDevice(Arenas):
 
     def allocate(self, size_bytes: int) -> torch.Tensor:
         self._charge(size_bytes)
-        return torch.empty(size_bytes, dtype=torch.uint8, device=self.device)
+        memory = torch.empty(size_bytes, dtype=torch.uint8, device=self.device)
+        self.marker().wait()  # torch may return memory of tensors that are gone, while computing with them is still queued
+        return memory
 
     def allocate_host(self, size_bytes: int) -> torch.Tensor:
         return self._host.allocate(size_bytes)
 
-    def copy_in(self, destination: torch.Tensor, source: torch.Tensor, after: Any = None) -> CudaEvent:
+    def copy_in(self, destination: torch.Tensor, source: torch.Tensor, after: Event | None = None) -> CudaEvent:
         self.bytes_in += source.nbytes
         if after is not None:
-            self._in.wait_event(after)
-        with torch.cuda.stream(self._in):
-            destination.copy_(source, non_blocking=True)
-            return self._completion(self._in)
+            assert isinstance(after, CudaEvent)
+            self._bulk.wait_event(after.event)
+        return self._chunks.copy(destination, source)
+
+    def copy_in_urgently(self, destination: torch.Tensor, source: torch.Tensor) -> CudaEvent:
+        self.bytes_in += source.nbytes
+        return self._copy(self._urgent, destination, source)
 
     def copy_out(self, destination: torch.Tensor, source: torch.Tensor) -> CudaEvent:
         self.bytes_out += source.nbytes
         self._out.wait_stream(torch.cuda.current_stream(self.device))
-        source.record_stream(self._out)
-        with torch.cuda.stream(self._out):
+        return self._copy(self._out, destination, source)
+
+    @staticmethod
+    def _copy(stream: torch.cuda.Stream, destination: torch.Tensor, source: torch.Tensor) -> CudaEvent:
+        """Start a copy on a stream, and return its completion."""
+        with torch.cuda.stream(stream):
             destination.copy_(source, non_blocking=True)
-            return self._completion(self._out)
+            return _recorded(stream)
 
-    def _completion(self, stream: torch.cuda.Stream) -> CudaEvent:
-        """Return the completion of all copies on a stream so far; threads that wait for it sleep, since computing needs the cores."""
-        return CudaEvent(stream.record_event(torch.cuda.Event(blocking=True)))
-
-    def marker(self) -> Any:
-        return torch.cuda.current_stream(self.device).record_event()
+    def marker(self) -> CudaEvent:
+        return _recorded(torch.cuda.current_stream(self.device))
 
     def await_in(self, event: Event) -> None:
         assert isinstance(event, CudaEvent)
@@ -91,3 +102,8 @@ class CudaDevice(Arenas):
             self._host.close()
             if self._memory is not None:
                 self._memory.lift_limit()
+
+
+def _recorded(stream: torch.cuda.Stream) -> CudaEvent:
+    """Return the end of everything on a stream so far."""
+    return CudaEvent(stream.record_event(torch.cuda.Event(blocking=True)))

@@ -8,11 +8,8 @@ from typing import Any, TypeVar, cast
 
 import torch
 
-from flexgen.base.quantities import align_up
-from flexgen.devices.base import HOST, Device
+from flexgen.devices.base import HOST
 from flexgen.devices.staging import HostCopies, Staging
-
-ALIGNMENT = 16  # of each tensor among the bytes that are copied, so that they can be viewed in any dtype
 
 Value = TypeVar("Value")
 
@@ -21,15 +18,14 @@ class PackedCopies:
     """Copies of values that consist of small tensors between the host and the computing device; without a device nothing is copied.
 
     Args:
-        backend: The computing device; None if that is the host.
+        staging: What copies tensors between the two.
 
     Attributes:
         device: Where computing happens.
     """
 
-    def __init__(self, backend: Device | None) -> None:
-        self.device = HOST if backend is None else backend.device
-        self._staging = Staging(backend)
+    def __init__(self, staging: Staging) -> None:
+        self.device, self._staging = staging.device, staging
 
     def to_device(self, value: Value) -> Value:
         """Return a value with copies on the device in place of all tensors in it; only later computing waits for them.
@@ -39,28 +35,16 @@ class PackedCopies:
         """
         if self.device == HOST:
             return value
-        return cast("Value", _with(value, iter(self._copied(list(_tensors(value))))))
+        tensors = list(_tensors(value))
+        if any(each.nbytes for each in tensors):
+            copies = self._staging.to_device(*tensors).take()
+        else:
+            copies = [each.to(self.device) for each in tensors]
+        return cast("Value", _with(value, iter(copies)))
 
     def to_host(self, tensor: torch.Tensor) -> HostCopies:
         """Start to copy a tensor to the host."""
         return self._staging.to_host(tensor)
-
-    def _copied(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Return copies on the device, which are views of the bytes that one copy brings there."""
-        starts, size = [], 0
-        for each in tensors:
-            starts.append(size)
-            size += align_up(each.nbytes, ALIGNMENT)
-        packed = torch.empty(size, dtype=torch.uint8)
-        for start, each in zip(starts, tensors, strict=True):
-            _part(packed, start, each).copy_(each)
-        there = self._staging.to_device(packed, non_blocking=True)[0] if size else packed.to(self.device)
-        return [_part(there, start, each) for start, each in zip(starts, tensors, strict=True)]
-
-
-def _part(packed: torch.Tensor, start: int, like: torch.Tensor) -> torch.Tensor:
-    """Return the bytes from `start` on as a tensor of the same shape and dtype as another one."""
-    return packed[start : start + like.nbytes].view(like.dtype).view(like.shape)
 
 
 def _tensors(value: object) -> Iterator[torch.Tensor]:

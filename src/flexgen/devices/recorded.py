@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from typing import Any
 
 import torch
 
-from flexgen.base.recorder import DEVICE_TO_HOST, HOST_TO_DEVICE, Recorder
+from flexgen.base.recorder import DEVICE_TO_HOST, HOST_TO_DEVICE, URGENT_TO_DEVICE, Recorder
 from flexgen.devices.base import Device, Event
 
 
 class _Stream:
-    """The copies in one direction, which run in the order of their submission.
+    """The copies in one stream, which run in the order of their submission.
 
-    A copy is recorded when the host sees that it, or a later one, is complete, so times are those of the host.  A kind of device whose
-    events know when their copies began and ended would give these times here.
+    A copy is recorded when the host sees that it, or a later one, is complete, so times are those of the host; it looks whenever it
+    submits something.  A kind of device whose events know when their copies began and ended would give these times here.
     """
 
     def __init__(self, recorder: Recorder, track: str) -> None:
@@ -24,18 +23,26 @@ class _Stream:
         self._lock = threading.Lock()
         self._copies: deque[RecordedCopy] = deque()  # those that are not recorded
 
-    def submitted(self, event: Event, size_bytes: int) -> RecordedCopy:
-        copy = RecordedCopy(self, event, size_bytes, self._recorder.now())
+    def submitted(self, event: Event, size_bytes: int, start: int) -> RecordedCopy:
+        copy = RecordedCopy(self, event, size_bytes, start)
         self._copies.append(copy)
         return copy
+
+    def look(self) -> None:
+        """Record the copies that are complete."""
+        with self._lock:
+            while self._copies and self._copies[0].event.done():
+                self._record(self._copies.popleft())
 
     def complete(self, copy: RecordedCopy | None = None) -> None:
         """Record a copy, and those before it; None for all."""
         with self._lock:
             while self._copies and not (copy is not None and copy.recorded):
-                first = self._copies.popleft()
-                first.recorded = True
-                self._recorder.transfer(self._track, "copy", first.start, bytes=first.size_bytes)
+                self._record(self._copies.popleft())
+
+    def _record(self, copy: RecordedCopy) -> None:
+        copy.recorded = True
+        self._recorder.transfer(self._track, "copy", copy.start, bytes=copy.size_bytes)
 
 
 class RecordedCopy:
@@ -72,9 +79,9 @@ class RecordedDevice:
     """
 
     def __init__(self, device: Device, recorder: Recorder) -> None:
-        self._of = device
+        self._of, self._recorder = device, recorder
         self.device, self.budget_bytes = device.device, device.budget_bytes
-        self._in, self._out = _Stream(recorder, HOST_TO_DEVICE), _Stream(recorder, DEVICE_TO_HOST)
+        self._in, self._urgent, self._out = (_Stream(recorder, track) for track in (HOST_TO_DEVICE, URGENT_TO_DEVICE, DEVICE_TO_HOST))
 
     @property
     def bytes_in(self) -> int:
@@ -100,13 +107,25 @@ class RecordedDevice:
     def allocate_host(self, size_bytes: int) -> torch.Tensor:
         return self._of.allocate_host(size_bytes)
 
-    def copy_in(self, destination: torch.Tensor, source: torch.Tensor, after: Any = None) -> RecordedCopy:
-        return self._in.submitted(self._of.copy_in(destination, source, after), source.nbytes)
+    def copy_in(self, destination: torch.Tensor, source: torch.Tensor, after: Event | None = None) -> RecordedCopy:
+        start = self._look()
+        return self._in.submitted(self._of.copy_in(destination, source, after), source.nbytes, start)
+
+    def copy_in_urgently(self, destination: torch.Tensor, source: torch.Tensor) -> RecordedCopy:
+        start = self._look()
+        return self._urgent.submitted(self._of.copy_in_urgently(destination, source), source.nbytes, start)
 
     def copy_out(self, destination: torch.Tensor, source: torch.Tensor) -> RecordedCopy:
-        return self._out.submitted(self._of.copy_out(destination, source), source.nbytes)
+        start = self._look()
+        return self._out.submitted(self._of.copy_out(destination, source), source.nbytes, start)
 
-    def marker(self) -> Any:
+    def _look(self) -> int:
+        """Record what is complete in all streams, and return the time."""
+        for stream in (self._in, self._urgent, self._out):
+            stream.look()
+        return self._recorder.now()
+
+    def marker(self) -> Event:
         return self._of.marker()
 
     def await_in(self, event: Event) -> None:
@@ -115,5 +134,5 @@ class RecordedDevice:
 
     def close(self) -> None:
         self._of.close()
-        self._in.complete()
-        self._out.complete()
+        for stream in (self._in, self._urgent, self._out):
+            stream.complete()

@@ -19,10 +19,12 @@ from flexgen.base.recorder import COMPUTE, WAITING, Recorder
 from flexgen.devices.base import Device
 from flexgen.devices.packed import PackedCopies
 from flexgen.devices.recorded import RecordedDevice
+from flexgen.devices.staging import Staging
 from flexgen.engine.sweep import MicroBatchForward, SweepRecorder, run_pass
 from flexgen.io.direct_io import FileSet
 from flexgen.io.pool import IOPool
 from flexgen.kernels.threads import KernelThreads
+from flexgen.kv.flow import KVFlow
 from flexgen.kv.open import KVSetup, open_places
 from flexgen.kv.pages import group_layers
 from flexgen.kv.sparse import ValueCounter
@@ -92,7 +94,7 @@ class ModelRunner:
             backend = RecordedDevice(backend, recorder)
         self.model, self.policy, self._recorder = model, policy, recorder
         self._previous_threads, self._previous_interval = torch.get_num_threads(), sys.getswitchinterval()
-        self._backend, self.copies = backend, PackedCopies(backend)
+        self._backend = backend
         with contextlib.ExitStack() as opened:  # what outlives a failed construction is closed by it, too
             if backend is not None:
                 opened.callback(backend.close)
@@ -101,7 +103,9 @@ class ModelRunner:
             self.values = ValueCounter()
             self._files = FileSet(verify=verify_reads)
             opened.callback(self._files.close)
-            self._rows = EmbeddingRows(model.tables, backend, verify=verify_reads, recorder=recorder)
+            staging = Staging(backend, policy.copies_in_bytes, policy.copies_out_bytes)
+            self.copies = PackedCopies(staging)
+            self._rows = EmbeddingRows(model.tables, staging, verify=verify_reads, recorder=recorder)
             opened.callback(self._rows.close)
             self._io = IOPool(policy.io_threads, recorder)
             opened.callback(self._io.close)
@@ -117,8 +121,9 @@ class ModelRunner:
             )  # fmt: skip
             opened.callback(self._weights.close)
             self.places, self.cache = open_places(KVSetup(
-                groups=group_layers(model.layers, policy.page_tokens, model.kv_format), policy=policy, backend=backend, io=self._io,
-                offload_dir=offload_dir, notify=self._arrived.set, verify=verify_reads, values=self.values, recorder=recorder,
+                groups=group_layers(model.layers, policy.page_tokens, model.kv_format), policy=policy, backend=backend,
+                staging=staging, flow=KVFlow.of(has_device=backend is not None), io=self._io, offload_dir=offload_dir,
+                notify=self._arrived.set, verify=verify_reads, values=self.values, recorder=recorder,
             ))  # fmt: skip
             for place in self.places.values():
                 opened.callback(place.close)

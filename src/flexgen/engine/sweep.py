@@ -19,7 +19,7 @@ from flexgen.base.recorder import COMPUTE, WAITING, Recorder
 from flexgen.devices.packed import PackedCopies
 from flexgen.engine.inputs import batch_inputs
 from flexgen.errors import EngineError
-from flexgen.kv.place import PendingAttention, View
+from flexgen.kv.place import Pending, View
 from flexgen.models.attention import PassCache
 from flexgen.models.coroutine import ForwardCoroutine
 from flexgen.models.scoring import Scorer, Scores
@@ -60,7 +60,7 @@ class MicroBatchForward(ForwardCoroutine):
         self._recorder = recorder
         self.batch, self.view, self.after = batch, view, after
         self.unit = -1
-        self.pending: PendingAttention | None = None
+        self.pending: Pending | None = None
         self.logits: torch.Tensor | None = None
         self.scores: Scores | None = None
         self._model, self._cache, self._rows, self._copies = model, cache, rows, copies
@@ -110,9 +110,11 @@ class MicroBatchForward(ForwardCoroutine):
             if self._recorder is not None:
                 self._recorder.slice(COMPUTE, f"attention of layer {call.layer}", start)
             return answer
-        self.pending = answer
-        self._suspend()
-        return answer.result()
+        while not isinstance(answer, torch.Tensor):
+            self.pending = answer
+            self._suspend()
+            answer = answer.result()
+        return answer
 
     def input_rows(self, module_name: str, token_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         is_input = token_ids is self._input_ids or token_ids._base is self._input_ids  # models may reshape their input

@@ -9,14 +9,12 @@ import contextlib
 import functools
 from collections.abc import Iterator, Sequence
 
-import torch
-
 from flexgen.base.recorder import WAITING
 from flexgen.io.pool import Contents, IOPool, Ticket
 from flexgen.kv.format import KVPages
 from flexgen.kv.host import HostAttention, HostView
 from flexgen.kv.pages import layer_index
-from flexgen.kv.place import PendingAttention, Place, View
+from flexgen.kv.place import Answer, Place, View
 from flexgen.kv.plan import GroupPlans
 from flexgen.kv.read_ahead import ReadAhead
 from flexgen.kv.slots import BatchSlots
@@ -147,5 +145,5 @@ class DiskView:
     def device_groups(self, groups: GroupPlans) -> None:
         self._staged.device_groups = groups
 
-    def attend(self, call: AttentionCall) -> torch.Tensor | PendingAttention:
+    def attend(self, call: AttentionCall) -> Answer:
         return self._staged.attend(call)

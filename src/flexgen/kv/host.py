@@ -1,7 +1,8 @@
 """KV on the host beside a device: next tokens are attended to on the host, prompts on the device.
 
-q and the new k, v cross the link; meanwhile the device continues with other micro-batches.  One worker thread runs jobs
-in order, so that what a pass writes is complete before a later job reads it.
+q and the new k, v cross the link as one copy; meanwhile the device continues with other micro-batches.  One worker thread runs jobs
+in order, so that what a pass writes is complete before a later job reads it.  It sleeps until the copy of its job has arrived, and submits
+the copy of the result without waiting for it: computing does, when the micro-batch goes on.
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ from typing import Any
 import torch
 
 from flexgen.base.recorder import Recorder
-from flexgen.devices.base import Device
-from flexgen.devices.staging import Staging
+from flexgen.devices.staging import DeviceCopies, Staging
 from flexgen.kernels.reference import AttentionKernels
+from flexgen.kv.flow import KVFlow
 from flexgen.kv.format import KVPages
 from flexgen.kv.pages import KVGroup, PagePool, layer_index
-from flexgen.kv.place import PendingAttention, Place
+from flexgen.kv.place import Answer, DeferredAttention, PendingAttention, Place
 from flexgen.kv.plan import GroupPlans, KVPlan
+from flexgen.kv.sinks import HostSinks
 from flexgen.kv.sparse import SparseAttention
 from flexgen.kv.views import Heads, Past, step_outputs, step_queries
 from flexgen.kv.worker import Worker
@@ -38,7 +40,8 @@ class HostAttention:
         groups: The layer groups.
         kernels: The kernels of the host.
         device_kernels: The kernels of the computing device, for prompts.
-        backend: The computing device; None if that is the host.
+        staging: What copies tensors between the computing device and the host.
+        flow: What counts the prompts whose keys and values are on the way.
         notify: A function that wakes the ready loop.
         worker: The name of the thread.
         sparse: What generated tokens keep of what they see; None for all of it.
@@ -49,14 +52,14 @@ class HostAttention:
     """
 
     def __init__(
-        self, groups: Sequence[KVGroup], kernels: AttentionKernels, device_kernels: AttentionKernels, backend: Device | None,
+        self, groups: Sequence[KVGroup], kernels: AttentionKernels, device_kernels: AttentionKernels, staging: Staging, flow: KVFlow,
         notify: Callable[[], None], worker: str, sparse: SparseAttention | None = None, recorder: Recorder | None = None,
     ) -> None:  # fmt: skip
         self.recorder, self.track = recorder, worker.removeprefix("flexgen-").replace("-", " ")
         self.kernels, self.device_kernels = kernels, device_kernels
-        self.staging, self.notify = Staging(backend), notify
+        self.staging, self.flow, self.notify = staging, flow, notify
         self.where = layer_index(groups)
-        self.worker = Worker(worker)
+        self.worker, self.sinks = Worker(worker), HostSinks()
         self._groups, self._sparse = groups, sparse
 
     def view(self, slices: Sequence[Slice], lend: LendPages) -> HostView:
@@ -75,19 +78,28 @@ class HostAttention:
         pending = PendingAttention(complete)
 
         def run() -> None:
-            start = 0 if self.recorder is None else self.recorder.now()
             try:
                 pending.finish(job())
             except BaseException as error:
                 pending.finish(None, error)
                 raise
+
+        self.submit(run, name, layer)
+        return pending
+
+    def submit(self, job: Callable[[], None], name: str, layer: int) -> None:
+        """Run a job on the worker, whose end wakes the ready loop; for `name` and `layer` see `later`."""
+
+        def run() -> None:
+            start = 0 if self.recorder is None else self.recorder.now()
+            try:
+                job()
             finally:
                 if self.recorder is not None:
                     self.recorder.slice(self.track, f"{name} of layer {layer}", start)
                 self.notify()
 
         self.worker.submit(run)
-        return pending
 
     def close(self) -> None:
         self.worker.close()
@@ -132,42 +144,64 @@ class HostView:
         self.device_groups: GroupPlans = plan.groups if plan.prompts else ()
         self._heads: dict[int, Heads] = {}  # by layer, for later calls of layers that share its keys
 
-    def attend(self, call: AttentionCall) -> torch.Tensor | PendingAttention:
+    def attend(self, call: AttentionCall) -> Answer:
         group, _ = self._attention.where[call.layer]
-        return self._attend_prompts(call, group) if self.plan.prompts else self._attend_steps(call, group)
+        if not self.plan.prompts:
+            return self._attend_steps(call, group)
+        flow = self._attention.flow
+        return self._attend_prompts(call, group) if flow.has_room() else DeferredAttention(flow.has_room, lambda: self.attend(call))
 
     def _attend_steps(self, call: AttentionCall, group: int) -> PendingAttention:
         attention, plan = self._attention, self.plan.groups[group]
-        new, sinks = call.new or (), () if call.sinks is None else (call.sinks,)
+        new, sinks = call.new or (), attention.sinks.missing(call)
         copies = attention.staging.to_host(step_queries(call, plan.num_steps), *new, *sinks)
 
-        def job() -> torch.Tensor:
+        def job() -> DeviceCopies:
             with copies.arrived() as (query, *others), self._lend(call.layer) as pages:
                 if call.new is not None:
                     plan.write(attention.kernels, (others[0], others[1]), pages)
-                here = dataclasses.replace(call, sinks=others[-1] if call.sinks is not None else None)
+                here = dataclasses.replace(call, sinks=attention.sinks.of(call, others[len(new) :]))
                 attended = plan.attend_steps(attention.kernels, here, query, pages)
-            return attention.staging.to_device(attended)[0]
+            return attention.staging.to_device(attended)
 
-        return attention.later(job, lambda attended: step_outputs(call, attended)[None], "attention", call.layer)
+        return attention.later(job, lambda attended: step_outputs(call, attended.take()[0])[None], "attention", call.layer)
 
-    def _attend_prompts(self, call: AttentionCall, group: int) -> torch.Tensor | PendingAttention:
+    def _attend_prompts(self, call: AttentionCall, group: int) -> Answer:
         """Attend to prompts on the device; their keys and values are copied to the pages, and stored tokens before them from the pages."""
         attention, plan = self._attention, self.plan.groups[group]
         continued = any(each.start > 0 for each in self.plan.prompts)
+        if not continued and call.new is None:
+            return self._attended(call, group, [None] * len(self.plan.prompts))
         copies = attention.staging.to_host(*(call.new or ()))
+        attention.flow.enter()
 
-        def job() -> list[Past]:
+        def store() -> list[Past]:
             with copies.arrived() as new, self._lend(call.layer) as pages:
                 if call.new is not None:  # first, since a prompt may continue what another of this micro-batch stores
                     self._heads[call.layer] = plan.write(attention.kernels, (new[0], new[1]), pages)
-                past = plan.gather_past(attention.kernels, pages, call.query.dtype, self._heads[call.layer]) if continued else []
-            return [each and tuple(attention.staging.to_device(*each)) for each in past]
+                return plan.gather_past(attention.kernels, pages, call.query.dtype, self._heads[call.layer]) if continued else []
 
-        def attended(past: Sequence[Past]) -> torch.Tensor:
-            out = call.new_output()
-            self.device_groups[group].attend_prompts(attention.device_kernels, call, past, out)
-            return out
+        def store_only() -> None:
+            try:
+                store()
+            finally:
+                attention.flow.leave()
 
-        pending = attention.later(job, attended, "KV of prompts", call.layer) if continued or call.new is not None else None
-        return pending if continued and pending is not None else attended([None] * len(plan.prompts))
+        def fetch() -> list[DeviceCopies | None]:
+            return [None if each is None else attention.staging.to_device(*each) for each in store()]
+
+        def fetched(past: Sequence[DeviceCopies | None]) -> torch.Tensor:
+            taken: list[Past] = [None if each is None else tuple(each.take()) for each in past]
+            attention.flow.leave()
+            return self._attended(call, group, taken)
+
+        if continued:
+            return attention.later(fetch, fetched, "KV of prompts", call.layer)
+        attention.submit(store_only, "KV of prompts", call.layer)
+        return self._attended(call, group, [None] * len(self.plan.prompts))
+
+    def _attended(self, call: AttentionCall, group: int, past: Sequence[Past]) -> torch.Tensor:
+        """Return the attention of prompts, whose new tokens follow `past`, on the device."""
+        out = call.new_output()
+        self.device_groups[group].attend_prompts(self._attention.device_kernels, call, past, out)
+        return out

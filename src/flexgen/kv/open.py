@@ -12,12 +12,14 @@ import torch
 
 from flexgen.base.recorder import Recorder
 from flexgen.devices.base import HOST, Device
+from flexgen.devices.staging import Staging
 from flexgen.errors import EngineError
 from flexgen.io.pool import IOPool
 from flexgen.kernels.attention import attention_kernels
 from flexgen.kernels.reference import AttentionKernels
 from flexgen.kv.cache import KVCache
 from flexgen.kv.disk import DiskPlace
+from flexgen.kv.flow import KVFlow
 from flexgen.kv.host import HostAttention, HostPlace
 from flexgen.kv.local import LocalPlace
 from flexgen.kv.pages import KVGroup, PagePool, Pool, divide_pool, on_disk
@@ -37,6 +39,8 @@ class KVSetup:
         groups: The model's layer groups.
         policy: The policy, which states the sizes of the pools.
         backend: The computing device; None if that is the host.
+        staging: What copies tensors between the two.
+        flow: What counts the prompts whose keys and values are on the way, on all tiers together.
         io: The threads that read and write pages on disk.
         offload_dir: The folder of the spill file; None if there is none.
         notify: A function that wakes the ready loop.
@@ -48,6 +52,8 @@ class KVSetup:
     groups: Sequence[KVGroup]
     policy: Policy
     backend: Device | None
+    staging: Staging
+    flow: KVFlow
     io: IOPool
     offload_dir: Path | None
     notify: Callable[[], None]
@@ -78,7 +84,7 @@ class KVSetup:
     def host_attention(self, worker: str, sparse: SparseAttention | None) -> HostAttention:
         """Return host attention with a worker thread of this name."""
         kernels, device_kernels = self.kernels(HOST), self.kernels(self.device)
-        return HostAttention(self.groups, kernels, device_kernels, self.backend, self.notify, worker, sparse, self.recorder)
+        return HostAttention(self.groups, kernels, device_kernels, self.staging, self.flow, self.notify, worker, sparse, self.recorder)
 
 
 def tail_count(policy: Policy, tier: str) -> int:

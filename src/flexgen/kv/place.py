@@ -1,7 +1,7 @@
 """The interface of a tier that holds KV: for every micro-batch it makes a view, which stores keys and values and attends to them.
 
-Each tier is one file (local.py, host.py, disk.py).  Attention that takes time returns a pending result, which
-the ready loop polls.
+Each tier is one file (local.py, host.py, disk.py).  Attention that takes time, or has to begin later, returns a pending
+result, which the ready loop polls.
 """
 
 from __future__ import annotations
@@ -55,9 +55,42 @@ class View(Protocol):
     plan: KVPlan
     device_groups: GroupPlans
 
-    def attend(self, call: AttentionCall) -> torch.Tensor | PendingAttention:
+    def attend(self, call: AttentionCall) -> Answer:
         """Store the call's new keys and values, and return its attention, (1, tokens, heads, value_dim), now or as a pending result."""
         ...
+
+
+class Pending(Protocol):
+    """Attention that a micro-batch waits for while others run."""
+
+    def done(self) -> bool:
+        """Return whether `result` can be asked for; it may need computing to wait for a copy, but no thread."""
+        ...
+
+    def result(self) -> Answer:
+        """Return the attention, or what the micro-batch has to wait for next; raise what went wrong on another thread."""
+        ...
+
+
+Answer = torch.Tensor | Pending
+
+
+class DeferredAttention:
+    """Attention that begins when something else has made progress.
+
+    Args:
+        may_begin: A function that returns whether it may begin.
+        begin: A function that begins it, on the thread that asks for the result.
+    """
+
+    def __init__(self, may_begin: Callable[[], bool], begin: Callable[[], Answer]) -> None:
+        self._may_begin, self._begin = may_begin, begin
+
+    def done(self) -> bool:
+        return self._may_begin()
+
+    def result(self) -> Answer:
+        return self._begin()
 
 
 class PendingAttention:

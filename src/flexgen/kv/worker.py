@@ -8,20 +8,21 @@ from collections.abc import Callable
 
 import torch
 
-MAX_JOBS = 8  # each job holds the q, k and v of a micro-batch
-
 
 class Worker:
-    """A thread that runs jobs in order; the first error is kept and raised by `drain`."""
+    """A thread that runs jobs in order; the first error is kept and raised by `drain`.
+
+    Submitting never waits, since the thread that submits has other micro-batches to go on with.
+    """
 
     def __init__(self, name: str) -> None:
-        self._jobs: queue.Queue[Callable[[], None] | None] = queue.Queue(maxsize=MAX_JOBS)
+        self._jobs: queue.Queue[Callable[[], None] | None] = queue.Queue()
         self.error: BaseException | None = None
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
         self._thread.start()
 
     def submit(self, job: Callable[[], None]) -> None:
-        """Queue a job after the earlier ones; wait while too many are queued."""
+        """Queue a job after the earlier ones."""
         self._jobs.put(job)
 
     def _work(self) -> None:
@@ -32,6 +33,7 @@ class Worker:
                 except BaseException as error:  # noqa: BLE001 - raised by drain()
                     self.error = self.error or error
                 finally:
+                    del job  # an idle thread keeps no tensors alive
                     self._jobs.task_done()
         self._jobs.task_done()
 

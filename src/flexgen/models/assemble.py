@@ -76,6 +76,7 @@ def assemble_model(
     kv_format: KVFormat | None = None,
     headers: Headers | None = None,
     sparse_attention: float | None = None,
+    device: str = "cpu",
 ) -> AssembledModel:
     """Take the model in `folder` apart into what the engine executes; no weights are read.
 
@@ -84,11 +85,12 @@ def assemble_model(
         config: The model's transformers config.
         dtype: The dtype of computing.
         name: The name of the model; None for that of the folder.
-        unit_bytes: The approximate size of a unit; None for a default that depends on the model.
+        unit_bytes: The approximate size of a unit; None for a default that depends on the model and the device.
         cpu_compute: How linear layers are computed, as in EngineOptions.
         kv_format: The format of keys and values; None for `default_kv_format`.
         headers: The headers of the weights if they are not safetensors files in `folder`.
         sparse_attention: The share of positions that generated tokens keep; None for all.
+        device: Where it is computed: "cpu", "cuda" or "sim".
 
     Raises:
         ModelError: The architecture, the number format or the files are not supported.
@@ -97,7 +99,7 @@ def assemble_model(
     check_supported_architecture(config)
     kv_format = kv_format or default_kv_format(dtype)
     checkpoint = Checkpoint(folder) if headers is None else headers
-    units = cut_model(config, dtype, checkpoint, unit_bytes, cpu_compute=cpu_compute)
+    units = cut_model(config, dtype, checkpoint, unit_bytes, cpu_compute=cpu_compute, device=device)
     return AssembledModel(
         bound=BoundModel(units.model, units.parts, sorted(table.module for table in units.tables), units.trace.tail),
         layouts=units.layouts,

@@ -34,6 +34,7 @@ def describe_headers(
     kv_format: KVFormat | None = None,
     cpu_compute: str = "auto",
     sparse_attention: float | None = None,
+    device: str = "cpu",
 ) -> ModelSpec:
     """Describe the model of these headers.
 
@@ -45,12 +46,13 @@ def describe_headers(
         kv_format: The format of keys and values; None for `default_kv_format`.
         cpu_compute: How linear layers are computed, as in EngineOptions.
         sparse_attention: The share of positions that generated tokens keep; None for all.
+        device: Where it is computed: "cpu", "cuda" or "sim".
 
     Raises:
         ModelError: The architecture, the number format or the headers are not supported.
     """
     kv_format = kv_format or default_kv_format(dtype)
-    units = cut_model(config, dtype, headers, cpu_compute=cpu_compute)
+    units = cut_model(config, dtype, headers, cpu_compute=cpu_compute, device=device)
     return model_spec(config, units, dtype, name=name, kv_format=kv_format, sparse_attention=sparse_attention)
 
 
@@ -64,6 +66,7 @@ def describe_config(
     cpu_compute: str = "auto",
     sparse_attention: float | None = None,
     shard_bytes: int = SHARD_BYTES,
+    device: str = "cpu",
 ) -> ModelSpec:
     """Describe the model of a config as if `save_pretrained` had written it.
 
@@ -76,6 +79,7 @@ def describe_config(
         cpu_compute: How linear layers are computed, as in EngineOptions.
         sparse_attention: The share of positions that generated tokens keep; None for all.
         shard_bytes: The size of the files.
+        device: Where it is computed: "cpu", "cuda" or "sim".
 
     Raises:
         UnsupportedModelError: The architecture or the number format is not supported.
@@ -83,7 +87,7 @@ def describe_config(
     check_supported_architecture(config)
     tensors = RepositoryTensors.of(config, stored).tensors
     headers = headers_of(name, sharded(tensors, shard_bytes))
-    given: dict[str, Any] = {"kv_format": kv_format, "cpu_compute": cpu_compute, "sparse_attention": sparse_attention}
+    given: dict[str, Any] = {"kv_format": kv_format, "cpu_compute": cpu_compute, "sparse_attention": sparse_attention, "device": device}
     return describe_headers(headers, config, dtype, name=name, **given)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from flexgen.base.quantities import GIB, MIB, align_up
+from flexgen.base.quantities import align_up
 from flexgen.checkpoint.files import Headers
 from flexgen.checkpoint.meta import SkeletonLimits
 from flexgen.checkpoint.parameters import ModelSources, parameter_sources
@@ -27,13 +27,13 @@ from flexgen.models.parts import ParameterUse, Part
 from flexgen.models.refusals import check_supported_architecture
 from flexgen.models.skeleton import build_skeleton
 from flexgen.models.tracing import ModelTrace, is_experts, is_scored_experts, trace_model
+from flexgen.models.unit_size import default_unit_bytes
 from flexgen.options import INT8
 from flexgen.weights.rounded import RoundedSource
 from flexgen.weights.rows import RowTable
 from flexgen.weights.unit import UnitLayout, WantedTensor
 
 GRANULE_ROWS = 64  # matrix products over odd numbers of rows are slower
-SMALLEST_UNIT_BYTES = 8 * MIB
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +63,9 @@ class ModelUnits:
     unused_bytes: int
 
 
-def cut_model(config: Any, dtype: torch.dtype, headers: Headers, unit_bytes: int | None = None, *, cpu_compute: str = "auto") -> ModelUnits:
+def cut_model(
+    config: Any, dtype: torch.dtype, headers: Headers, unit_bytes: int | None = None, *, cpu_compute: str = "auto", device: str = "cpu"
+) -> ModelUnits:
     """Trace the model of a config and cut it into units.
 
     The config is compared with the headers before anything of the size that it states is allocated.
@@ -72,8 +74,9 @@ def cut_model(config: Any, dtype: torch.dtype, headers: Headers, unit_bytes: int
         config: The model's transformers config; its quantization_config states the format of the weights.
         dtype: The dtype of computing.
         headers: The headers of the weights, as stored.
-        unit_bytes: The approximate size of a unit; None for a default that depends on the model.
+        unit_bytes: The approximate size of a unit; None for a default that depends on the model and the device.
         cpu_compute: How linear layers are computed, as in EngineOptions.
+        device: Where it is computed: "cpu", "cuda" or "sim".
 
     Raises:
         UnsupportedModelError: The engine does not support the model, the number format is not known, or there is no layer to compute in
@@ -95,8 +98,9 @@ def cut_model(config: Any, dtype: torch.dtype, headers: Headers, unit_bytes: int
     if cpu_compute == INT8:
         uses = _in_int8(uses, lambda name: tensors.dtype(name) == dtype)
     weight_bytes = sum(use.decoded_bytes for use in uses)
-    encoded = any(tensor.encoding is not None for tensor in headers.tensors.values())
-    parts = cut_units(uses, unit_bytes or default_unit_bytes(weight_bytes, stored_bytes if encoded else weight_bytes))
+    encodings = [tensor.encoding for tensor in headers.tensors.values() if tensor.encoding is not None]
+    default = default_unit_bytes(weight_bytes, stored_bytes if encodings else weight_bytes, encodings, device)
+    parts = cut_units(uses, unit_bytes or default)
     layouts = tuple(_layout(unit, tensors) for unit in parts)
     streamed = {f"{tensor.module}.{tensor.parameter}" for layout in layouts for tensor in layout.tensors}
     unused = _unused(model, sources, trace)
@@ -112,11 +116,6 @@ def cut_model(config: Any, dtype: torch.dtype, headers: Headers, unit_bytes: int
         tables=tables,
         unused_bytes=sum(sources[name].nbytes for name in unused if sources.kept_as(name) == name),
     )
-
-
-def default_unit_bytes(weight_bytes: int, stored_bytes: int) -> int:
-    """Return 1 % of the weights, within [8 MiB, 1 GiB]; small models are still cut into a few dozen units, decoded ones into more."""
-    return max(min(weight_bytes // 100, GIB), min(SMALLEST_UNIT_BYTES, weight_bytes // 24, stored_bytes // 24), 1)
 
 
 # ---------------------------------------------------------------------- the parts that stream

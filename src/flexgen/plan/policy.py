@@ -20,6 +20,7 @@ LEAST_KEPT = 64  # positions that a head keeps at least under sparse attention: 
 HOME_ALIGNMENT = 4096  # units in host memory beside a device take whole pages, from which the link copies them
 # Units that are open at a time and were decoded for that: on a CPU, and on a device, which decodes a unit only when it computes with it.
 SCRATCH_UNITS, DEVICE_SCRATCH_UNITS = 3, 2
+PROMPTS_ON_THE_WAY = 2  # micro-batches of prompts whose keys and values of a layer are between the device and the host
 # A device without kernels for it decodes so many numbers at once by torch operations, whose temporary tensors take at most so many bytes
 # for each: indices, values and scales, in float32 or int32.
 DECODED_AT_ONCE, DECODING_BYTES = 1 << 21, 20
@@ -61,6 +62,8 @@ class Policy:
         kv_tail_bytes: Host memory for pages on their way to disk that are not full yet.
         host_ring_bytes: Staging memory for units that come from disk.
         device_ring_bytes: Staging memory on the device for units that are not at home there (0 on "cpu").
+        copies_in_bytes: Memory on the device, and as much on the host, for what a pass copies to the device beside weights (0 on "cpu").
+        copies_out_bytes: Memory on the host for what a pass copies from the device (0 on "cpu").
         workspace_bytes: Memory reserved for activations and temporary tensors.
         embedding_resident: Whether the input embedding stays in memory (rows are gathered from disk otherwise).
         schedule: "diagonal", "zigzag" or "row".
@@ -84,6 +87,8 @@ class Policy:
     kv_disk_bytes: int = 0
     host_ring_bytes: int = 0
     device_ring_bytes: int = 0
+    copies_in_bytes: int = 0
+    copies_out_bytes: int = 0
     workspace_bytes: int = 0
     embedding_resident: bool
     schedule: str

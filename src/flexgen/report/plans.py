@@ -34,7 +34,7 @@ def format_plan(plan: Plan) -> str:
         f"plan: {policy.device}, {policy.dtype}{_products(spec)}, {policy.schedule} schedule, {policy.compute_threads} compute and "
         f"{policy.io_threads} I/O threads",
         f"  weights  {format_size(spec.decoded_bytes)} in {counted(len(spec.units), 'unit')}: {_shares(policy.weights)}; "
-        f"{kept}staging {format_size(staging)}, workspace {format_size(policy.workspace_bytes)}",
+        f"{kept}staging {format_size(staging)}{_copies(policy)}, workspace {format_size(policy.workspace_bytes)}",
         f"  KV       {format_size(policy.kv_bytes)}: {_shares(policy.kv)}; {_kv_format(policy)}"
         f"{format_size(spec.kv_bytes_per_token)} per token{_padded(policy, spec)}, "
         f"pages of {policy.page_tokens} tokens",
@@ -45,6 +45,12 @@ def format_plan(plan: Plan) -> str:
     lines += [f"  {line}" for line in format_forecast(plan.forecast)]
     lines += [f"           {line}" for line in _sparse(plan)]
     return "\n".join(lines + [f"  {name:<8} {line}" for name, line in zip(("formats", ""), chosen, strict=False)])
+
+
+def _copies(policy: Policy) -> str:
+    """Return the memory, on both sides, for what passes copy between host and device; nothing on a CPU."""
+    size_bytes = 2 * policy.copies_in_bytes + policy.copies_out_bytes
+    return f", copies {format_size(size_bytes)}" if size_bytes else ""
 
 
 def format_choice(choice: FormatChoice) -> list[str]:

@@ -130,7 +130,7 @@ def describe_files(files: ModelFiles, options: EngineOptions, *, device: str, bf
         dtype = getattr(torch, auto if options.dtype == "auto" else options.dtype)
         given: dict[str, Any] = {
             "name": files.name, "kv_format": kv_format(options.kv_format, dtype), "cpu_compute": options.cpu_compute,
-            "sparse_attention": options.kept_share,
+            "sparse_attention": options.kept_share, "device": device,
         }  # fmt: skip
         if options.load_format == "dummy":
             return describe_config(config, dtype, stored=dtype, **given)

@@ -208,6 +208,7 @@ class ResolvedModel:
                 headers=headers,
                 cpu_compute=self.options.cpu_compute,
                 sparse_attention=self.options.kept_share,
+                device=self.limits.device,
             )
 
 

@@ -13,6 +13,7 @@ from flexgen.errors import CapacityError, OptionError
 from flexgen.options import EngineOptions
 from flexgen.plan.formats import FormatChoice, Formats
 from flexgen.plan.play.answer_lengths import expected
+from flexgen.plan.price.copies import copies_bytes
 from flexgen.plan.price.memory import activation_bytes
 from flexgen.plan.price.requests import JobSizes, kv_room
 from flexgen.plan.search.solve import NOMINAL_WORKLOAD
@@ -227,13 +228,14 @@ def _without(workload: Workload, hopeless: float) -> Workload:
 
 
 def _has_room(policy: Policy, spec: ModelSpec, planned: Workload, new: Workload) -> bool:
-    """Return whether every request fits a pool, and activations fit the workspace reserved for them."""
+    """Return whether every request fits a pool, and activations and copies the memory reserved for them."""
     if not len(new):
         return True
     known, wanted = (JobSizes(spec, each, policy.page_tokens) for each in (planned if len(planned) else NOMINAL_WORKLOAD, new))
     if wanted.longest > known.longest and wanted.largest > max(kv_room(spec, policy).values()):
         return False  # a sequence's KV has one home
-    return activation_bytes(spec, wanted, policy) <= activation_bytes(spec, known, policy)
+    copies = zip(copies_bytes(spec, wanted, policy), copies_bytes(spec, known, policy), strict=True)
+    return activation_bytes(spec, wanted, policy) <= activation_bytes(spec, known, policy) and all(new <= old for new, old in copies)
 
 
 def _keeps(forecast: Forecast, options: EngineOptions) -> bool:

@@ -10,7 +10,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 
@@ -39,7 +39,7 @@ class Arrival:
 
     Attributes:
         layout: The layout of the unit.
-        data: The bytes of the unit at the end of the link.
+        data: The bytes of the unit at the end of the link, which may still be on their way (`ticket`, `events`).
         form: The form of these bytes.
         slot: The slot of `data` in the link's ring; None for a unit that stays in memory.
         ticket: The read that fills `data`; None once it has finished.
@@ -213,6 +213,9 @@ class DiskLink(Link):
 class DeviceLink(Link):
     """A link from host memory onto a device, one unit at a time.
 
+    A unit has arrived when its copy is submitted, since computing waits for the copy's event.  The thread sleeps while that takes longer
+    than few chunks (devices/chunks.py), so no unit arrives long before its bytes.
+
     Args:
         host_homes: The units that stay in host memory, by index, as they cross the link or as stored.
         disk: The link that brings the other units; None if there are none.
@@ -227,7 +230,7 @@ class DeviceLink(Link):
     ) -> None:  # fmt: skip
         super().__init__("flexgen-device-link", layouts, buffer, state, poison=poison, recorder=recorder)
         self._backend, self._host_homes, self._disk, self._parallel = backend, host_homes, disk, parallel
-        self._marker: Any = None  # a marker of the computing submitted before a slot was last given back
+        self._marker: Event | None = None  # a marker of the computing submitted before a slot was last given back
         largest = max((layout.carried_bytes for layout in decoding), default=0)
         self._decoded = backend.allocate_host(largest) if largest else torch.empty(0, dtype=torch.uint8)
 
@@ -241,9 +244,12 @@ class DeviceLink(Link):
         events = copy_in(unit, data, self._decoded, self._backend, self._marker, self._parallel, self._recorder)
         if self._recorder is not None:
             self._recorder.slice(WEIGHTS_TO_DEVICE, f"unit {layout.index}", start, bytes=layout.carried_bytes, modules=layout.name)
+        self._append(Arrival(layout=layout, data=data, form=UnitForm.CARRIED, slot=slot, events=events))
+        if unit.form is UnitForm.STORED:  # other units use the memory that it comes from, or was decoded into
+            for event in events:
+                event.wait()
         if self._disk is not None:
             self._disk.give_back(unit)
-        self._append(Arrival(layout=layout, data=data, form=UnitForm.CARRIED, slot=slot, events=events))
         return True
 
     def _from_disk(self, unit: int) -> Arrival | None:
@@ -257,10 +263,10 @@ class DeviceLink(Link):
 
 
 def copy_in(
-    unit: Arrival, destination: torch.Tensor, decoded: torch.Tensor, backend: Device, after: Any = None, parallel: Parallel = serially,
-    recorder: Recorder | None = None,
-) -> list[Event]:  # fmt: skip
-    """Copy a unit from host memory onto the device, and return once the copies have arrived.
+    unit: Arrival, destination: torch.Tensor, decoded: torch.Tensor, backend: Device, after: Event | None = None,
+    parallel: Parallel = serially, recorder: Recorder | None = None,
+) -> Sequence[Event]:  # fmt: skip
+    """Copy a unit from host memory onto the device, and return once all of it is submitted.
 
     Args:
         destination: The memory on the device.
@@ -268,14 +274,14 @@ def copy_in(
         after: A marker of the device; the copies start when it has passed.
         parallel: Runs the loops of the decoding.
         recorder: The recorder of the trace; None without one.
+
+    Returns:
+        The completion of the last copy, and so of all of them; nothing if there is nothing to copy.
     """
     portions = iter([(0, unit.data)]) if unit.form is UnitForm.CARRIED else unit.layout.carried(unit.data, decoded, parallel)
     if recorder is not None and unit.form is UnitForm.STORED and _is_decoded(unit.layout):
         portions = _recorded_decoding(portions, unit.layout.index, recorder)
-    events = [backend.copy_in(destination[at : at + len(portion)], portion, after) for at, portion in portions]
-    for event in events:
-        event.wait()
-    return events
+    return [backend.copy_in(destination[at : at + len(portion)], portion, after) for at, portion in portions][-1:]
 
 
 def _is_decoded(layout: UnitLayout) -> bool:

@@ -11,7 +11,6 @@ from typing import Protocol
 import torch
 
 from flexgen.base.recorder import COMPUTE, Recorder
-from flexgen.devices.base import Device
 from flexgen.devices.staging import Staging
 from flexgen.errors import StorageError
 from flexgen.io.aligned import AlignedBuffer
@@ -75,19 +74,17 @@ class EmbeddingRows:
 
     Args:
         tables: The tables.
-        backend: The device on which the rows are needed; None when computing happens in host memory.
+        staging: What copies rows to where computing happens.
         verify: Whether to compare rows with those of their first read.
         recorder: The recorder of the trace; None without one.
     """
 
-    def __init__(
-        self, tables: Sequence[RowTable], backend: Device | None, *, verify: bool = False, recorder: Recorder | None = None
-    ) -> None:
+    def __init__(self, tables: Sequence[RowTable], staging: Staging, *, verify: bool = False, recorder: Recorder | None = None) -> None:
         self._recorder = recorder
         self._tables = {table.module: table for table in tables}
         self._resident: dict[str, torch.Tensor] = {}
         self._files: dict[Path, File] = {}
-        self._staging = Staging(backend)
+        self._staging = staging
         # Checksums of the rows of each table; -1 for rows that have not been read.
         self._sums = {table.module: torch.full((table.num_rows,), -1, dtype=torch.int64) for table in tables} if verify else {}
         self.bytes_gathered = 0
@@ -116,7 +113,7 @@ class EmbeddingRows:
             if not self._agree(table, unique, found):
                 raise StorageError(f"{table.path}: rows of {module} are not what they were when they were first read")
         self.bytes_gathered += found.numel()
-        rows, renumbered = self._staging.to_device(_decoded(table, found), renumbered, non_blocking=True)
+        rows, renumbered = self._staging.to_device(_decoded(table, found), renumbered).take()
         if self._recorder is not None:
             self._recorder.slice(COMPUTE, "gather embedding rows", start, bytes=found.numel(), rows=len(unique))
         return rows, renumbered

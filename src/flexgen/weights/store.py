@@ -165,7 +165,9 @@ class WeightStore:
             data = self._landed(layout, self._backend) if decodes else self._backend.allocate(layout.carried_bytes)
             unit = Arrival(layout=layout, data=stored, form=UnitForm.STORED)
             after = self._backend.marker() if decodes else None
-            copy_in(unit, data, torch.empty(layout.carried_bytes, dtype=torch.uint8), self._backend, after, self._parallel)
+            decoded = torch.empty(layout.carried_bytes, dtype=torch.uint8)
+            for event in copy_in(unit, data, decoded, self._backend, after, self._parallel):
+                event.wait()
         only_views = not layout.to_decode_bytes(form)
         for tensor in layout.tensors:
             numbers = tensor.numbers(data, form, self._fresh, self._parallel)

@@ -84,13 +84,15 @@ def reserved(
     host = {"process": process_bytes, "allowance": allowance_bytes(limits), "weights": held["host"], ENCODED: held["encoded"]}
     host |= {"KV": policy.kv_host_bytes, "weight staging": policy.host_ring_bytes}
     host |= {"KV staging": policy.kv_staging_bytes + policy.kv_tail_bytes}
+    host |= {"copies": policy.copies_in_bytes + policy.copies_out_bytes}
     tiers = {"host": host}
     if not has_device_tier(policy.device):
         host |= computing
     else:
         host["decoding"] = decoding_bytes
         device = {CUDA: limits.device_overhead_bytes, **computing, "weights": held["device"]}
-        tiers["device"] = device | {"weight staging": policy.device_ring_bytes, "KV": policy.kv_device_bytes}
+        device |= {"weight staging": policy.device_ring_bytes, "KV": policy.kv_device_bytes, "copies": policy.copies_in_bytes}
+        tiers["device"] = device
     if limits.offload_in_memory:
         host["KV in a memory file system"] = policy.kv_disk_bytes
     elif policy.kv_disk_bytes:
@@ -124,14 +126,7 @@ def activation_bytes(spec: ModelSpec, sizes: JobSizes, policy: Policy, max_num_s
     """
     size, hidden, intermediate = DTYPE_BYTES[policy.dtype], spec.hidden_size, spec.intermediate_size
     longest_prompt, most = sizes.longest_prompt, max_num_seqs or policy.max_num_seqs
-    prompt_tokens = {
-        "diagonal": policy.prefill_tokens + longest_prompt - 1,  # the last prompt may overdraw the quota
-        "zigzag": most * longest_prompt,
-        "row": max(policy.micro_batch_tokens, longest_prompt),
-    }[policy.schedule]
-    tokens = most + min(prompt_tokens, sizes.prompt_tokens, most * longest_prompt)
-    # Prompts whose KV goes to disk are never cut into chunks.
-    running = min(max(policy.micro_batch_tokens, longest_prompt * (policy.kv.disk > 0)), tokens)
+    tokens, running = tokens_at_once(sizes, policy, most)
     suspended = tokens * (3 * hidden + 2 * intermediate) * size
     computing = running * ((4 * hidden + 3 * intermediate) * size + 8 * hidden)
     if spec.int8_flops_per_token:  # the codes of the input that was rounded last, the sums of products
@@ -144,6 +139,19 @@ def activation_bytes(spec: ModelSpec, sizes: JobSizes, policy: Policy, max_num_s
     if has_device_tier(policy.device):
         attention += min(ATTENTION_BYTES, ATTENTION_COPIES * max(most, 1) * sizes.layer)
     return int(FRAGMENTATION * (suspended + computing + logits + attention + _scoring_bytes(spec, sizes, policy, most)))
+
+
+def tokens_at_once(sizes: JobSizes, policy: Policy, max_num_seqs: int) -> tuple[int, int]:
+    """Return the most tokens of a pass, and of one of its micro-batches."""
+    longest_prompt = sizes.longest_prompt
+    prompt_tokens = {
+        "diagonal": policy.prefill_tokens + longest_prompt - 1,  # the last prompt may overdraw the quota
+        "zigzag": max_num_seqs * longest_prompt,
+        "row": max(policy.micro_batch_tokens, longest_prompt),
+    }[policy.schedule]
+    tokens = max_num_seqs + min(prompt_tokens, sizes.prompt_tokens, max_num_seqs * longest_prompt)
+    # Prompts whose KV goes to disk are never cut into chunks.
+    return tokens, min(max(policy.micro_batch_tokens, longest_prompt * (policy.kv.disk > 0)), tokens)
 
 
 def _sparse_bytes(spec: ModelSpec, sizes: JobSizes, size: int) -> int:
@@ -206,6 +214,7 @@ class Placement:
         largest_from_disk: The bytes of the largest unit among them.
         over_link: The bytes that each pass sends to a separate device.
         largest_over_link: The bytes of the largest unit among them.
+        layer_over_link: The bytes of a layer among them, on average.
         scratch_bytes: Memory to decode into where computing happens.
         decoding_bytes: Host memory for decoding before the link to a device.
         work: The work of moving weights, the same in every pass.
@@ -217,6 +226,7 @@ class Placement:
     largest_from_disk: int
     over_link: int
     largest_over_link: int
+    layer_over_link: int
     scratch_bytes: int
     decoding_bytes: int
     work: PassWork
@@ -251,6 +261,7 @@ class PlacedWeights:
             largest_from_disk=max(from_disk, default=0),
             over_link=sum(over_link),
             largest_over_link=max(over_link, default=0),
+            layer_over_link=sum(over_link) // max(sum(group.num_layers for group in self._spec.kv_groups), 1),
             scratch_bytes=scratch_bytes(self._spec, homes, self._device),
             decoding_bytes=staging_to_decode_bytes(self._spec, homes, self._device),
             work=weights_work(self._spec, homes, self._device),

@@ -12,6 +12,7 @@ from flexgen.options import TIERS, WEIGHT_HOMES
 from flexgen.plan.machine import Limits, Machine, has_device_tier
 from flexgen.plan.model import ModelSpec
 from flexgen.plan.policy import PAGE_TOKENS, Fractions, Policy
+from flexgen.plan.price.copies import with_copies
 from flexgen.plan.price.memory import RING_UNITS, PlacedWeights, activation_bytes, embedding_table_bytes, reserved
 from flexgen.plan.price.requests import JobSizes
 from flexgen.plan.price.weights import can_stay_encoded, unit_homes, weight_bytes
@@ -19,6 +20,9 @@ from flexgen.plan.price.weights import can_stay_encoded, unit_homes, weight_byte
 # A ring holds the bytes that a link delivers in this time, but (beyond its least number of units) at most this share of its tier.
 RING_SECONDS = 0.3
 RING_SHARE = 0.05
+# A ring on a device holds what streams of so many layers: while units of one wait for attention, those of the next arrive.
+RING_LAYERS = 2
+DEVICE_RING_SHARE = 0.15
 
 
 class Drafts:
@@ -65,7 +69,11 @@ class Drafts:
         return self._known[key]
 
     def _drafted(self, weights: Fractions, schedule: str, micro_batch_tokens: int, prefill_tokens: int, spills: bool) -> Policy:
-        placement = self._placed.of(weights)
+        placement, limits = self._placed.of(weights), self._limits
+        ahead = self._machine.disk_read.best * RING_SECONDS
+        host_ring = _ring(placement.largest_from_disk, placement.from_disk, ahead, RING_SHARE * limits.host_bytes)
+        layers = RING_LAYERS * placement.layer_over_link
+        device_ring = _ring(placement.largest_over_link, placement.over_link, layers, DEVICE_RING_SHARE * limits.device_bytes)
         draft = Policy(
             device=self._limits.device,
             dtype=self._dtype,
@@ -76,12 +84,10 @@ class Drafts:
             kv_device_bytes=0,
             kv_host_bytes=0,
             kv_disk_bytes=0,
-            host_ring_bytes=_ring(
-                placement.largest_from_disk, placement.from_disk, self._machine.disk_read.best * RING_SECONDS, self._limits.host_bytes
-            ),
+            host_ring_bytes=host_ring,
             kv_staging_bytes=self._sizes.layer * spills,
             kv_tail_bytes=PAGE_TOKENS * self._spec.exact_kv_bytes_per_token * spills,
-            device_ring_bytes=_ring(placement.largest_over_link, placement.over_link, 0, self._limits.device_bytes),
+            device_ring_bytes=device_ring,
             workspace_bytes=0,
             embedding_resident=False,
             schedule=schedule,
@@ -92,16 +98,22 @@ class Drafts:
             compute_threads=self._machine.cores,
             io_threads=self._machine.io_threads,
         )
-        return dataclasses.replace(draft, workspace_bytes=self._activations(draft, draft.max_num_seqs) + placement.scratch_bytes)
+        workspace_bytes = self._activations(draft, draft.max_num_seqs) + placement.scratch_bytes
+        return with_copies(dataclasses.replace(draft, workspace_bytes=workspace_bytes), self._spec, self._sizes)
 
     def for_seqs(self, draft: Policy, max_num_seqs: int) -> Policy:
-        """Return the draft with the workspace of so many sequences."""
-        workspace_bytes = draft.workspace_bytes + self.growth(draft, max_num_seqs)
-        return dataclasses.replace(draft, max_num_seqs=max_num_seqs, workspace_bytes=workspace_bytes)
+        """Return the draft with the workspace of so many sequences, and memory for their copies."""
+        workspace_bytes = draft.workspace_bytes + self._activations(draft, max_num_seqs) - self._activations(draft, draft.max_num_seqs)
+        grown = dataclasses.replace(draft, max_num_seqs=max_num_seqs, workspace_bytes=workspace_bytes)
+        return with_copies(grown, self._spec, self._sizes)
 
-    def growth(self, draft: Policy, max_num_seqs: int) -> int:
-        """Return the bytes that the workspace of so many sequences takes beyond the draft's."""
-        return self._activations(draft, max_num_seqs) - self._activations(draft, draft.max_num_seqs)
+    def growth(self, draft: Policy, max_num_seqs: int) -> dict[str, int]:
+        """Return the bytes that so many sequences take beyond the draft's, in memory that is not KV, by tier."""
+        grown = self.for_seqs(draft, max_num_seqs)
+        computing = "device" if has_device_tier(draft.device) else "host"
+        into, out = grown.copies_in_bytes - draft.copies_in_bytes, grown.copies_out_bytes - draft.copies_out_bytes
+        sizes = {"device": into, "host": into + out}
+        return sizes | {computing: sizes[computing] + grown.workspace_bytes - draft.workspace_bytes}
 
     def free(self, draft: Policy) -> dict[str, int]:
         """Return the bytes of memory that the draft leaves in the device's and the host's budget; negative where it exceeds one."""
@@ -127,9 +139,9 @@ class Drafts:
         return align_up(activation_bytes(self._spec, self._sizes, draft, max_num_seqs), 4096)
 
 
-def _ring(largest: int, streamed: int, wanted: float, tier_bytes: int) -> int:
-    """Return the size of a ring: a few of the largest units, or `wanted` bytes where the tier has room, but no more than what streams."""
-    return align_up(min(max(RING_UNITS * largest, int(min(wanted, RING_SHARE * tier_bytes))), streamed), 4096)
+def _ring(largest: int, streamed: int, wanted: float, most: float) -> int:
+    """Return the size of a ring: a few of the largest units, or `wanted` bytes up to `most`, but no more than what streams."""
+    return align_up(min(max(RING_UNITS * largest, int(min(wanted, most))), streamed), 4096)
 
 
 @dataclass(frozen=True, slots=True)

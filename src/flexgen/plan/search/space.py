@@ -17,6 +17,7 @@ from flexgen.options import DTYPE_BYTES, TIERS, WEIGHT_HOMES, EngineOptions
 from flexgen.plan.machine import Limits, Machine, has_device_tier
 from flexgen.plan.model import ModelSpec
 from flexgen.plan.policy import PAGE_TOKENS, Fractions, Policy
+from flexgen.plan.price.copies import with_copies
 from flexgen.plan.price.memory import PlacedWeights
 from flexgen.plan.price.requests import JobSizes
 from flexgen.plan.price.weights import active_share, can_stay_encoded
@@ -168,7 +169,8 @@ class Space:
         found["longest_sequence"] = self.sizes.longest
         if self.options.prefill_tokens is None:
             found["prefill_tokens"] = min(draft.prefill_tokens, max_num_seqs * self.sizes.longest_prompt)
-        return dataclasses.replace(self.drafts.for_seqs(draft, max_num_seqs), kv=self.kv or pool_fractions(pools), **found)
+        chosen = dataclasses.replace(self.drafts.for_seqs(draft, max_num_seqs), kv=self.kv or pool_fractions(pools), **found)
+        return with_copies(chosen, self.spec, self.sizes)
 
     def _with_quota(self, draft: Policy, kv: _KVHomes, quota: float, *, spills: bool) -> Policy:
         """Return the draft with that share of prompt tokens per pass, or with the most that leaves room for the KV of one request."""
@@ -204,14 +206,14 @@ class Space:
         """Return a policy of the fewest sequences with all weights on disk, and the memory that it leaves for weights and KV."""
         bare = self._bare(point, spills=spills)
         many = 1024
-        grown = 0.0  # a pinned number of sequences has its workspace already
+        grown: dict[str, float] = {}  # a pinned number of sequences has its workspace already
         if self.options.max_num_seqs is None:
-            grown = self.drafts.growth(bare, 1 + many) / many
+            grown = {tier: size / many for tier, size in self.drafts.growth(bare, 1 + many).items()}
         free = self.drafts.free(bare)
         return bare, FreeMemory(
             memory_bytes={"device": free["device"], "host": free["host"], "disk": self.disk_bytes},
             disk_growth=self.spec.disk_kv_growth,
-            sequence_bytes={self.computing: grown},
+            sequence_bytes=grown,
             kv_bytes=self.sizes.mean,
             staged=self.staged,
         )
@@ -267,7 +269,7 @@ class Space:
     def _left(self, draft: Policy, free: dict[str, int], max_num_seqs: int) -> dict[str, int]:
         """Return the bytes that remain of `free` once the workspace is that of so many sequences."""
         grown = self.drafts.growth(draft, max_num_seqs)
-        return {tier: size - grown * (tier == self.computing) for tier, size in free.items()}
+        return {tier: size - grown[tier] for tier, size in free.items()}
 
     def _pools(self, free: dict[str, int], kv: _KVHomes, max_num_seqs: int | None = None) -> dict[str, int]:
         """Return the pool bytes per tier, at most what so many sequences (by default all requests) can need."""

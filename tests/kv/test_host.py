@@ -1,0 +1,125 @@
+"""Attention on the host beside a device: what crosses the link, and who waits for it."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from flexgen.devices import sim
+from flexgen.devices.sim import SimulatedDevice
+from flexgen.devices.staging import Staging
+from flexgen.kv.host import HostAttention, HostPlace
+from flexgen.kv.place import DeferredAttention, PendingAttention, View
+from flexgen.plan.policy import PROMPTS_ON_THE_WAY
+from tests.kv.test_places import LAYERS, Bench, Conversation, Piece, as_slice, attend, finished, open_host
+
+
+@pytest.fixture
+def beside(tmp_path: Path) -> Iterator[Bench]:
+    """Pages on the host, beside a device."""
+    bench = open_host(tmp_path)
+    yield bench
+    bench.place.close()
+    for close in bench.close:
+        close()
+
+
+def started(bench: Bench, pieces: list[Piece]) -> View:
+    """The view of a micro-batch that is about to run."""
+    for conversation, start, length in pieces:
+        assert bench.cache.reserve(conversation.kv, start + length)
+    return bench.place.view([as_slice(piece) for piece in pieces])
+
+
+def attention_of(bench: Bench) -> HostAttention:
+    assert isinstance(bench.place, HostPlace)
+    return bench.place._attention
+
+
+def assert_set(event: threading.Event) -> None:
+    assert event.wait(20)
+
+
+def test_what_is_new_crosses_as_one_copy_and_sinks_once(beside: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[int] = []
+    really = Staging.to_host
+
+    def to_host(staging: Staging, *tensors: torch.Tensor) -> Any:
+        sent.append(len(tensors))
+        return really(staging, *tensors)
+
+    monkeypatch.setattr(Staging, "to_host", to_host)
+    conversation = Conversation(20, beside.cache.admit("host"))
+    beside.run_pass([(conversation, 0, 2)], random.Random(0))
+    assert sent == [2] * len(LAYERS), "keys and values of a prompt"
+    sent.clear()
+    for position in range(2, 6):
+        beside.run_pass([(conversation, position, 1)], random.Random(0))
+    first = [4 if layer.sinks is not None else 3 for layer in LAYERS]
+    assert sent == first + [3] * (3 * len(LAYERS))
+
+
+def test_attention_is_done_before_its_result_has_crossed_the_link(beside: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No thread waits for the copy: computing does."""
+    monkeypatch.setattr(sim, "EARLY", 0.0)
+    conversation = Conversation(20, beside.cache.admit("host"))
+    beside.run_pass([(conversation, 0, 5)], random.Random(0))
+    copies: list[Any] = []
+    really = SimulatedDevice.copy_in_urgently
+
+    def copy_in_urgently(device: SimulatedDevice, destination: torch.Tensor, source: torch.Tensor) -> Any:
+        copies.append(really(device, destination, source))
+        return copies[-1]
+
+    monkeypatch.setattr(SimulatedDevice, "copy_in_urgently", copy_in_urgently)
+    piece = (conversation, 5, 1)
+    answer = attend(started(beside, [piece]), 0, [piece], beside.device)
+    assert isinstance(answer, PendingAttention)
+    beside.place.finish_pass()  # the worker has nothing left to do
+    assert answer.done()
+    (copy,) = copies
+    assert copy.copied is None, "it has not even begun"
+    torch.testing.assert_close(finished(answer)[0].cpu(), conversation.dense(0, 5, 1), rtol=1e-9, atol=1e-9)
+
+
+def test_prompts_whose_kv_has_no_room_wait_and_stop_nothing_else(beside: Bench) -> None:
+    conversations = [Conversation(20, beside.cache.admit("host")) for _ in range(PROMPTS_ON_THE_WAY + 2)]
+    *prompts, step = conversations
+    beside.run_pass([(step, 0, 3)], random.Random(0))
+    may_go_on = threading.Event()
+    attention = attention_of(beside)
+    attention.worker.submit(lambda: assert_set(may_go_on))
+    pieces: list[Piece] = [(each, 0, 5) for each in prompts]
+    answers = [attend(started(beside, [piece]), 0, [piece], beside.device) for piece in pieces]
+    assert [isinstance(each, torch.Tensor) for each in answers] == [True] * PROMPTS_ON_THE_WAY + [False]
+    deferred = answers[-1]
+    assert isinstance(deferred, DeferredAttention)
+    assert not deferred.done()
+    pieces.append((step, 3, 1))
+    answers.append(attend(started(beside, pieces[-1:]), 0, pieces[-1:], beside.device))
+    assert isinstance(answers[-1], PendingAttention), "next tokens are never put off"
+    may_go_on.set()
+    for answer, (conversation, start, length) in zip(answers, pieces, strict=True):
+        torch.testing.assert_close(finished(answer)[0].cpu(), conversation.dense(0, start, length), rtol=1e-9, atol=1e-9)
+    beside.place.finish_pass()
+    assert attention.flow.has_room()
+
+
+def test_kv_of_prompts_that_go_on_leaves_when_it_is_taken(beside: Bench) -> None:
+    """What came from their pages is in memory of the device until then."""
+    conversations = [Conversation(20, beside.cache.admit("host")) for _ in range(PROMPTS_ON_THE_WAY)]
+    beside.run_pass([(each, 0, 5) for each in conversations], random.Random(0))
+    flow = attention_of(beside).flow
+    answers = [attend(started(beside, [(each, 5, 4)]), 0, [(each, 5, 4)], beside.device) for each in conversations]
+    beside.place.finish_pass()
+    assert all(isinstance(each, PendingAttention) and each.done() for each in answers)
+    assert not flow.has_room()
+    for answer, conversation in zip(answers, conversations, strict=True):
+        torch.testing.assert_close(finished(answer)[0].cpu(), conversation.dense(0, 5, 4), rtol=1e-9, atol=1e-9)
+        assert flow.has_room()

@@ -1,0 +1,62 @@
+"""The memory of copies between host and device: what a pass can have on its way at once."""
+
+import pytest
+
+from flexgen.plan.policy import PROMPTS_ON_THE_WAY, Fractions
+from flexgen.plan.price.copies import ID_BYTES, INDEX_TENSORS, copies_bytes
+from flexgen.plan.price.memory import FRAGMENTATION
+from flexgen.plan.price.requests import JobSizes
+from flexgen.plan.workload import Workload
+
+JOB = Workload(prompt_lens=(200,) * 40, output_lens=(56,) * 40)
+RUNNING = 64  # tokens of a micro-batch
+TOKEN = 4096  # bytes of KV in a layer
+HEADS = 2 * 3072  # numbers of query and result: four FLOPs for each pair of them
+INDEX = (10 * (256 // 16 + INDEX_TENSORS) + RUNNING * INDEX_TENSORS * 2) * ID_BYTES  # page tables, ids, positions
+
+
+@pytest.fixture
+def sizes(llama_3b):
+    return JobSizes(llama_3b, JOB, 16)
+
+
+@pytest.fixture
+def policy(make_policy):
+    return make_policy(device="sim", micro_batch_tokens=RUNNING, max_num_seqs=10, page_tokens=16, embedding_resident=True)
+
+
+def near(into, out):
+    """Both, with what the allocator loses, in whole pages."""
+    return tuple(pytest.approx(FRAGMENTATION * size, abs=4096) for size in (into, out))
+
+
+def test_a_cpu_copies_nothing(llama_3b, sizes, make_policy):
+    assert copies_bytes(llama_3b, sizes, make_policy(device="cpu")) == (0, 0)
+
+
+def test_next_tokens_and_a_few_prompts_are_on_their_way(llama_3b, sizes, policy):
+    steps = 10 * 2 * HEADS * 2
+    into = INDEX + steps + PROMPTS_ON_THE_WAY * 256 * TOKEN
+    out = steps + (10 + PROMPTS_ON_THE_WAY * RUNNING) * TOKEN
+    assert copies_bytes(llama_3b, sizes, policy) == near(into, out)
+
+
+def test_prompts_that_go_to_disk_are_whole(llama_3b, sizes, make_policy):
+    spilling = make_policy(
+        device="sim", micro_batch_tokens=RUNNING, max_num_seqs=10, page_tokens=16, embedding_resident=True, kv=Fractions(disk=1.0)
+    )
+    into = INDEX + 10 * 2 * HEADS * 2 + PROMPTS_ON_THE_WAY * 256 * TOKEN
+    assert copies_bytes(llama_3b, sizes, spilling) == near(into, 10 * 2 * HEADS * 2 + (10 + PROMPTS_ON_THE_WAY * 200) * TOKEN)
+
+
+def test_where_all_kv_is_on_the_device_only_ids_and_embedding_rows_cross(llama_3b, sizes, make_policy):
+    on_device = {"device": "sim", "micro_batch_tokens": RUNNING, "max_num_seqs": 10, "page_tokens": 16, "kv": Fractions(device=1.0)}
+    assert copies_bytes(llama_3b, sizes, make_policy(**on_device, embedding_resident=True)) == near(INDEX, 0)
+    gathering = make_policy(**on_device, embedding_resident=False)
+    assert copies_bytes(llama_3b, sizes, gathering) == near(INDEX + RUNNING * (3072 * 2 + 8192 + 8), 0)
+
+
+def test_more_sequences_need_more(llama_3b, sizes, policy):
+    few, many = copies_bytes(llama_3b, sizes, policy, 10), copies_bytes(llama_3b, sizes, policy, 40)
+    assert few < many
+    assert few == copies_bytes(llama_3b, sizes, policy)
