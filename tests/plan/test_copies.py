@@ -12,7 +12,6 @@ JOB = Workload(prompt_lens=(200,) * 40, output_lens=(56,) * 40)
 RUNNING = 64  # tokens of a micro-batch
 TOKEN = 4096  # bytes of KV in a layer
 HEADS = 2 * 3072  # numbers of query and result: four FLOPs for each pair of them
-INDEX = (10 * (256 // 16 + INDEX_TENSORS) + RUNNING * INDEX_TENSORS * 2) * ID_BYTES  # page tables, ids, positions
 
 
 @pytest.fixture
@@ -23,6 +22,11 @@ def sizes(llama_3b):
 @pytest.fixture
 def policy(make_policy):
     return make_policy(device="sim", micro_batch_tokens=RUNNING, max_num_seqs=10, page_tokens=16, embedding_resident=True)
+
+
+def indices(running):
+    """The bytes of page tables, ids and positions."""
+    return (10 * (256 // 16 + INDEX_TENSORS) + running * INDEX_TENSORS * 2) * ID_BYTES
 
 
 def near(into, out):
@@ -36,7 +40,7 @@ def test_a_cpu_copies_nothing(llama_3b, sizes, make_policy):
 
 def test_next_tokens_and_a_few_prompts_are_on_their_way(llama_3b, sizes, policy):
     steps = 10 * 2 * HEADS * 2
-    into = INDEX + steps + PROMPTS_ON_THE_WAY * 256 * TOKEN
+    into = indices(RUNNING) + steps + PROMPTS_ON_THE_WAY * 256 * TOKEN
     out = steps + (10 + PROMPTS_ON_THE_WAY * RUNNING) * TOKEN
     assert copies_bytes(llama_3b, sizes, policy) == near(into, out)
 
@@ -45,15 +49,15 @@ def test_prompts_that_go_to_disk_are_whole(llama_3b, sizes, make_policy):
     spilling = make_policy(
         device="sim", micro_batch_tokens=RUNNING, max_num_seqs=10, page_tokens=16, embedding_resident=True, kv=Fractions(disk=1.0)
     )
-    into = INDEX + 10 * 2 * HEADS * 2 + PROMPTS_ON_THE_WAY * 256 * TOKEN
+    into = indices(200) + 10 * 2 * HEADS * 2 + PROMPTS_ON_THE_WAY * 256 * TOKEN
     assert copies_bytes(llama_3b, sizes, spilling) == near(into, 10 * 2 * HEADS * 2 + (10 + PROMPTS_ON_THE_WAY * 200) * TOKEN)
 
 
 def test_where_all_kv_is_on_the_device_only_ids_and_embedding_rows_cross(llama_3b, sizes, make_policy):
     on_device = {"device": "sim", "micro_batch_tokens": RUNNING, "max_num_seqs": 10, "page_tokens": 16, "kv": Fractions(device=1.0)}
-    assert copies_bytes(llama_3b, sizes, make_policy(**on_device, embedding_resident=True)) == near(INDEX, 0)
+    assert copies_bytes(llama_3b, sizes, make_policy(**on_device, embedding_resident=True)) == near(indices(RUNNING), 0)
     gathering = make_policy(**on_device, embedding_resident=False)
-    assert copies_bytes(llama_3b, sizes, gathering) == near(INDEX + RUNNING * (3072 * 2 + 8192 + 8), 0)
+    assert copies_bytes(llama_3b, sizes, gathering) == near(indices(RUNNING) + RUNNING * (3072 * 2 + 8192 + 8), 0)
 
 
 def test_more_sequences_need_more(llama_3b, sizes, policy):

@@ -27,8 +27,9 @@ def with_copies(policy: Policy, spec: ModelSpec, sizes: JobSizes) -> Policy:
 def copies_bytes(spec: ModelSpec, sizes: JobSizes, policy: Policy, max_num_seqs: int | None = None) -> tuple[int, int]:
     """Return the bytes that are on their way to the device, and from it, in the worst case; none on a CPU.
 
-    These are embedding rows and index tensors of a micro-batch; where KV is not on the device, what all next tokens give to and take from attention on the
-    host, keys and values of some micro-batches of prompts, and as often those of the longest sequence, for a prompt that goes on with it.
+    These are embedding rows and index tensors of a micro-batch; where KV is not on the device, what all next tokens give to and take from
+    attention on the host, keys and values of some micro-batches of prompts, and as often those of the longest sequence, for a prompt that
+    goes on with it.
 
     Args:
         spec: The model.
