@@ -198,9 +198,9 @@ class CountingDevice(SimulatedDevice):
         super().__init__(budget_bytes, max_delay_seconds=0.0001)
         self.num_in = self.num_out = self.num_waits = 0
 
-    def copy_in(self, *args: Any, **how: Any) -> Any:
+    def copy_in_urgently(self, *args: Any, **how: Any) -> Any:
         self.num_in += 1
-        return super().copy_in(*args, **how)
+        return super().copy_in_urgently(*args, **how)
 
     def copy_out(self, *args: Any, **how: Any) -> Any:
         self.num_out += 1

@@ -264,8 +264,8 @@ def open_local_in_pages(folder: Path, groups: Groups = GROUPS) -> Bench:
 def open_gathered(folder: Path, groups: Groups = GROUPS) -> Bench:
     device = SimulatedDevice(1 << 22, max_delay_seconds=0.0001)
     pool = PagePool(groups, [NUM_PAGES] * len(groups), device.allocate)
-    place = LocalPlace(pool, GatheredKernels(), device.device)
-    return Bench(place, KVCache(groups, {"device": pool}), "device", [device.close], device=device.device)
+    copies = PackedCopies(Staging(device))
+    return Bench(LocalPlace(pool, GatheredKernels()), KVCache(groups, {"device": pool}), "device", [device.close], copies=copies)
 
 
 def host_attention(groups: Groups, device: SimulatedDevice | None) -> HostAttention:
@@ -383,7 +383,7 @@ def test_prompts_are_attended_to_in_their_pages(tmp_path: Path) -> None:
 
 def test_next_tokens_count_from_the_first_page_that_they_see() -> None:
     """So tables are as short as windows are, and pages reserved ahead are not among them."""
-    plan = KVPlan(GROUPS, [Slice(sequence=0, token_ids=(1,), start=21, prompt_len=9, total=22, tables=(tuple(range(9)),) * 6)], CPU)
+    plan = KVPlan(GROUPS, [Slice(sequence=0, token_ids=(1,), start=21, prompt_len=9, total=22, tables=(tuple(range(9)),) * 6)])
     place = {(group.geometry.window, group.geometry.chunk): index for index, group in enumerate(GROUPS)}
     for (window, chunk), known in {
         (None, None): (list(range(6)), 0, 22),
@@ -408,7 +408,7 @@ def test_one_past_is_held_at_a_time(tmp_path: Path) -> None:
 
     alive: list[weakref.ref[torch.Tensor]] = []
     pool = PagePool(GROUPS, [NUM_PAGES] * len(GROUPS), poisoned)
-    bench = Bench(LocalPlace(pool, Watched(), CPU), KVCache(GROUPS, {"host": pool}), "host")
+    bench = Bench(LocalPlace(pool, Watched()), KVCache(GROUPS, {"host": pool}), "host")
     conversations = [Conversation(30, bench.cache.admit("host")) for _ in range(3)]
     for start, length in ((0, 8), (8, 3)):
         pieces = [(each, start, length) for each in conversations]

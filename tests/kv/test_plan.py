@@ -72,10 +72,12 @@ def test_plain_pages(seed: int) -> None:
         tokens = [(each, position) for each in batch for position in range(each.start, each.stop)]
         assert found.page_ids.tolist() == [each.tables[index][position // SIZE] for each, position in tokens]
         assert found.page_offsets.tolist() == [position % SIZE for _, position in tokens]
-        (part,), widest = found.steps, max((len(each.tables[index]) for each in plan.steps), default=1)
-        assert part.steps.tables.tolist() == [[*each.tables[index], *[-1] * (widest - len(each.tables[index]))] for each in plan.steps]
-        assert part.steps.starts.tolist() == [first_seen(group.geometry, each.start) for each in plan.steps]
-        assert part.steps.lengths.tolist() == [each.start + 1 for each in plan.steps]
+        (part,), seen = found.steps, [first_seen(group.geometry, each.start) for each in plan.steps]
+        tables = [each.tables[index][first // SIZE : each.start // SIZE + 1] for each, first in zip(plan.steps, seen, strict=True)]
+        widest = max((len(table) for table in tables), default=1)
+        assert part.steps.tables.tolist() == [[*table, *[-1] * (widest - len(table))] for table in tables]
+        assert part.steps.starts.tolist() == [first % SIZE for first in seen]
+        assert part.steps.lengths.tolist() == [each.start + 1 - first // SIZE * SIZE for each, first in zip(plan.steps, seen, strict=True)]
         for each, prompt in zip(plan.prompts, found.prompts, strict=True):
             first = min(first_seen(group.geometry, each.start), each.start)
             assert prompt.starts.tolist() == [first_seen(group.geometry, position) - first for position in range(each.start, each.stop)]
