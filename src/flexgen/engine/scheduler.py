@@ -70,6 +70,11 @@ class Scheduler:
     def num_waiting(self) -> int:
         return len(self._waiting)
 
+    @property
+    def live(self) -> Iterator[LiveSequence]:
+        """The live sequences, oldest first."""
+        return iter(self._live.values())
+
     def unfinished(self) -> Iterator[PartialAnswer]:
         """Yield the unfinished answers as far as they have come, those of preempted sequences included."""
         return (each.so_far() for each in itertools.chain(self._live.values(), self._waiting) if each.generated)
