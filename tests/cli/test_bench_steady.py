@@ -47,9 +47,6 @@ def test_figures_as_json(novels_opt: Path) -> None:
         (("--output-json", "missing/figures.json"), "there is no folder missing"),
     ],
 )
-def test_what_is_refused(
-    flags: tuple[object, ...], message: str, novels_opt: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_what_is_refused(flags: tuple[object, ...], message: str, novels_opt: Path) -> None:
     done = steady(novels_opt, *JOB, *HOW, *flags)
     assert (done.exit_code, message in done.stderr) == (2, True), done.output

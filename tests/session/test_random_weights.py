@@ -69,7 +69,7 @@ def test_disk_space_counts_for_what_is_written(offload: Path, tmp_path: Path, mo
     folder = folder_of("llama", tmp_path)
     options: dict[str, Any] = {"device": "cpu", "load_format": "dummy", "offload_dir": str(offload), "disk": "0"}
     assert answers(folder, weights="host=1", **options)
-    with pytest.raises(CapacityError, match="random weights take .* of disk, 0 B are granted: raise disk=, or place them in memory"):
+    with pytest.raises(CapacityError, match=r"random weights take .* of disk, 0 B are granted: raise disk=, or place them in memory"):
         answers(folder, weights="disk=1", **options)
     assert not [*offload.iterdir()]
 

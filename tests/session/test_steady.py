@@ -93,7 +93,7 @@ def test_what_comes_first_is_not_counted(novels_opt: Path) -> None:
 
 def test_too_few_prompts(novels_opt: Path) -> None:
     with opened(novels_opt, device="cpu") as llm:
-        with pytest.raises(OptionError, match="8 requests make a job of .* raise num_prompts"):
+        with pytest.raises(OptionError, match=r"8 requests make a job of .* raise num_prompts"):
             measure(llm, num_prompts=8)
         assert measure(llm).run.num_errors == 0, "and the engine is as good as before"
 
