@@ -1,9 +1,9 @@
 """`flexgen bench steady` against a full run: the same passes of the same job under the same plan, one after the other.
 
-    python benchmarks/steady.py --scratch DIR [--shape llama-tiny] [--options ...]
+    python benchmarks/steady.py --scratch DIR [--shape llama-tiny] [--weights host=.5,disk=.5]
 
-One engine measures passes in the middle of a job of random prompts without those before them, then the whole job, then the passes again.  Of
-the full run those passes are taken that the others stand for.  One JSON line, without a memory cgroup.
+One engine measures passes in the middle of a job of random prompts without those before them, then the whole job, then the passes again.
+Of the full run those passes are taken that the others stand for.  One JSON line, without a memory cgroup.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from flexgen import LLM
 from flexgen.bench.steady import run_steady
 from flexgen.bench.throughput import random_requests, uniform_workload
 from flexgen.plan.workload import Workload
-from flexgen.report.progress import Progress
 
 DEFAULT_RESULTS = Path(__file__).parent / "results" / "steady.jsonl"
 
@@ -51,6 +50,7 @@ def main() -> int:
         before = _steady(llm, workload, asked.warmup, asked.passes)
         first = before["skipped_passes"] + asked.warmup
         full = _full(llm, workload, first, asked.passes)
+        full["output_tokens_per_s"] = sum(before["sequences"]) / sum(full["seconds"])  # the passes carry the same
         after = _steady(llm, workload, asked.warmup, asked.passes)
     row = {
         "benchmark": "steady", "shape": asked.shape, "host_mem": asked.host_mem, "num_prompts": asked.num_prompts, "tokens": asked.tokens,
@@ -78,24 +78,19 @@ def _steady(llm: LLM, workload: Workload, warmup: int, passes: int) -> dict[str,
 def _full(llm: LLM, workload: Workload, first: int, passes: int) -> dict[str, Any]:
     """The whole job, and the same figures of the passes that the others stand for, from the times at which passes ended."""
     ends: list[float] = []
-    live: list[int] = []
 
     def ended(answers: Iterable[object]) -> None:
         ends.append(time.perf_counter())
 
-    def told(progress: Progress) -> None:
-        live.append(progress.num_live_sequences)
-
     start = time.perf_counter()
-    for _ in llm.stream(random_requests(llm, workload), workload, on_pass=ended, on_progress=told):
+    for _ in llm.stream(random_requests(llm, workload), workload, on_pass=ended):
         pass
     report = llm.report()
     seconds = [end - begin for begin, end in zip([start, *ends], ends, strict=False)]
     middle = seconds[first : first + passes]
     return {
         "whole_seconds": ends[-1] - start, "num_passes": report.num_passes, "seconds": middle,
-        "median_seconds": statistics.median(middle), "most_sequences": max(live, default=0),
-        "job_tokens_per_s": report.output_tokens_per_s, "overlap": report.overlap, "plan": report.plan, "efficiency": report.efficiency,
+        "median_seconds": statistics.median(middle), "job_tokens_per_s": report.output_tokens_per_s, "overlap": report.overlap, "plan": report.plan, "efficiency": report.efficiency,
     }  # fmt: skip
 
 

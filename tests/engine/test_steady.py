@@ -108,6 +108,21 @@ def test_the_seed_decides(name: str, opened: Any) -> None:
     assert len(found[0][0]) > 4
 
 
+def test_what_a_run_that_was_given_up_has_left_changes_nothing(opened: Any) -> None:
+    found: list[list[tuple[int, int, int]]] = []
+    with opened(BASE) as engine:
+        for num_skipped in (0, 1, 2, 3):
+            with engine.middle(requests(), num_skipped=num_skipped, seed=0) as run_pass:
+                run_pass()
+            found.append([])
+            with engine.middle(requests(), num_skipped=0, seed=0) as run_pass:
+                for _ in range(4):
+                    run_pass()
+                    found[-1].append(composition(engine.log.passes.last.work))
+    assert found == [found[0]] * 4
+    assert len({prompts for _, prompts, _ in found[0]}) > 1, "credit that is left over matters"
+
+
 def test_a_job_that_is_over_has_no_next_pass(opened: Any) -> None:
     with opened(BASE) as engine, engine.middle(requests(), num_skipped=300, seed=0) as run_pass:
         assert not run_pass()

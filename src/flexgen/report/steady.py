@@ -146,6 +146,7 @@ def make_steady_report(
         plan=chosen,
         efficiency=ideal / elapsed,
         ideal_seconds=ideal,
+        bytes_moved={link: sum(each.bytes_moved[link] for each in passes) for link in report.bytes_moved},
         efficiency_at_check=None if report.overlap_at_check is None else report.overlap_at_check * chosen,
     )
     steady = SteadyFigures(
