@@ -90,7 +90,8 @@ def _full(llm: LLM, workload: Workload, first: int, passes: int) -> dict[str, An
     middle = seconds[first : first + passes]
     return {
         "whole_seconds": ends[-1] - start, "num_passes": report.num_passes, "seconds": middle,
-        "median_seconds": statistics.median(middle), "job_tokens_per_s": report.output_tokens_per_s, "overlap": report.overlap, "plan": report.plan, "efficiency": report.efficiency,
+        "median_seconds": statistics.median(middle),
+        "job_tokens_per_s": report.output_tokens_per_s, "overlap": report.overlap, "plan": report.plan, "efficiency": report.efficiency,
     }  # fmt: skip
 
 
