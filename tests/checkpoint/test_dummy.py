@@ -191,6 +191,8 @@ def test_what_is_not_written_reads_the_same(model_type: str, tmp_path: Path, mon
         wanted = (tmp_path / "whole" / path.name).read_bytes()
         assert path.stat().st_size == len(wanted)
         for start, stop in [(0, len(wanted)), (8192, 20480), (4000, 9000), (20000, 21000), (len(wanted) - 5, len(wanted) + 100)]:
+            if start >= len(wanted):
+                continue
             assert read(files, path, start, stop)[: len(wanted) - start] == wanted[start:stop], (path.name, start, stop)
     assert paths[0].read_bytes()[8192:20480] == (tmp_path / "whole" / paths[0].name).read_bytes()[8192:20480]
     for path in paths:  # a later read past the file system's cache of what was written finds the header
