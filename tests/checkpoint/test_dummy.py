@@ -16,7 +16,9 @@ from flexgen.checkpoint import dummy, random_tensors
 from flexgen.checkpoint.dummy import RandomFiles, size_on_disk, write_random_checkpoint
 from flexgen.checkpoint.files import Checkpoint
 from flexgen.checkpoint.parameters import ModelSources, parameter_sources
-from flexgen.errors import StorageError
+from flexgen.errors import StorageError, UnsupportedModelError
+from flexgen.formats.base import NumberFormat
+from flexgen.formats.mxfp4 import MXFP4
 from flexgen.formats.table import stated_format
 from flexgen.hub.model_files import INDEX_FILE, SINGLE_FILE
 from flexgen.io.aligned import ALIGNMENT, Extent
@@ -197,6 +199,15 @@ def test_what_is_not_written_reads_the_same(model_type: str, tmp_path: Path, mon
     assert paths[0].read_bytes()[8192:20480] == (tmp_path / "whole" / paths[0].name).read_bytes()[8192:20480]
     for path in paths:  # a later read past the file system's cache of what was written finds the header
         assert path.read_bytes()[:100] == (tmp_path / "whole" / path.name).read_bytes()[:100]
+
+
+def test_a_format_without_random_numbers_is_refused_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny_config("gpt_oss")
+    config.quantization_config = {"quant_method": "mxfp4"}
+    monkeypatch.setattr(MXFP4, "sample", NumberFormat.sample)
+    with pytest.raises(UnsupportedModelError, match="random weights in mxfp4 cannot be made"):
+        RandomFiles(config, tmp_path / "model", torch.bfloat16)
+    assert not (tmp_path / "model").exists()
 
 
 def test_what_is_not_written_takes_no_room(tmp_path: Path) -> None:

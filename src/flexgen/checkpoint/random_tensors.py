@@ -37,6 +37,9 @@ class RandomTensors:
         stored: The tensors.
         dtype: The dtype of all floating-point tensors that are not encoded.
         seed: The seed of the random numbers.
+
+    Raises:
+        UnsupportedModelError: Random numbers in the format of the tensors cannot be made.
     """
 
     def __init__(self, stored: RepositoryTensors, dtype: torch.dtype, seed: int) -> None:
@@ -48,6 +51,8 @@ class RandomTensors:
         step = _BLOCK_ELEMENTS * 5 // 8
         self._begins = {name: place * step % _BLOCK_ELEMENTS * dtype.itemsize for place, name in enumerate(matrices, start=1)}
         self._block = functools.lru_cache(maxsize=_KEPT_BLOCKS)(self._make_block)
+        if (encoded := next((tensor for tensor in stored.tensors if tensor.name in stored.encoded), None)) is not None:
+            self._block(encoded)  # a format that cannot is refused now, not by a thread that reads
 
     def copy(self, tensor: NamedTensor, start: int, out: Bytes) -> None:
         """Write the bytes of a tensor from byte `start` on to `out`."""
