@@ -17,6 +17,7 @@ from flexgen.cli.exit_codes import ExitCode
 from flexgen.jobs.lines import MAX_LINE_BYTES
 from flexgen.report.progress import RunReport
 from flexgen.report.show import _DISPLAYS
+from flexgen.report.steady import MeasuredPass, SteadyFigures
 from flexgen.request import SamplingParams
 
 ROOT = Path(__file__).parent.parent
@@ -89,7 +90,8 @@ def test_constraints_lie_within_the_ranges() -> None:
 
 def test_every_metric_is_documented() -> None:
     document = (ROOT / "docs" / "metrics.md").read_text()
-    assert not [field.name for field in dataclasses.fields(RunReport) if f"`{field.name}`" not in document]
+    fields = [field for values in (RunReport, SteadyFigures, MeasuredPass) for field in dataclasses.fields(values)]
+    assert not [field.name for field in fields if f"`{field.name}`" not in document]
 
 
 def test_every_exit_code_is_documented() -> None:

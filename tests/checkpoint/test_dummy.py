@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,16 @@ import torch
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
-from flexgen.checkpoint import dummy
-from flexgen.checkpoint.dummy import checkpoint_bytes, write_random_checkpoint
+from flexgen.checkpoint import dummy, random_tensors
+from flexgen.checkpoint.dummy import RandomFiles, size_on_disk, write_random_checkpoint
 from flexgen.checkpoint.files import Checkpoint
 from flexgen.checkpoint.parameters import ModelSources, parameter_sources
-from flexgen.errors import StorageError
+from flexgen.errors import StorageError, UnsupportedModelError
+from flexgen.formats.base import NumberFormat
+from flexgen.formats.mxfp4 import MXFP4
 from flexgen.formats.table import stated_format
 from flexgen.hub.model_files import INDEX_FILE, SINGLE_FILE
+from flexgen.io.aligned import ALIGNMENT, Extent
 from tests.models.tiny_configs import tiny_config
 
 
@@ -62,11 +66,11 @@ def test_loads_here_and_in_transformers(model_type: str, tmp_path: Path) -> None
 def test_weights_in_the_format_that_the_config_states(
     model_type: str, quantization: dict[str, Any], encoded: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dummy, "_SAMPLED_BYTES", 3000)  # so that rows are repeated
+    monkeypatch.setattr(random_tensors, "_SAMPLED_BYTES", 3000)  # so that rows are repeated
     config = tiny_config(model_type)
     config.quantization_config = quantization
     written = write_random_checkpoint(config, tmp_path, torch.bfloat16)
-    assert written == Checkpoint(tmp_path).total_bytes == checkpoint_bytes(config, torch.bfloat16)
+    assert written == Checkpoint(tmp_path).total_bytes
     assert json.loads((tmp_path / "config.json").read_text())["quantization_config"] == quantization
     stored, number_format = tensors_of(tmp_path), stated_format(config)
     assert any(name.endswith(encoded) for name in stored)
@@ -115,7 +119,7 @@ def test_numbers(tmp_path: Path) -> None:
 
 
 def test_layers_and_rows_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dummy, "_BLOCK_ELEMENTS", 1009)  # a matrix of 96 x 64 takes six
+    monkeypatch.setattr(random_tensors, "_BLOCK_ELEMENTS", 1009)  # a matrix of 96 x 64 takes six
     write_random_checkpoint(tiny_config("mixtral"), tmp_path, torch.float32)
     tensors = [tensor for tensor in tensors_of(tmp_path).values() if tensor.ndim > 1]
     assert len({tensor.flatten()[:32].numpy().tobytes() for tensor in tensors}) == len(tensors)
@@ -160,3 +164,71 @@ def test_tensors_larger_than_the_write_buffer(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(dummy, "_BUFFER_BYTES", 4096)
     write_random_checkpoint(config, tmp_path / "small", torch.bfloat16)
     assert (tmp_path / "large" / SINGLE_FILE).read_bytes() == (tmp_path / "small" / SINGLE_FILE).read_bytes()
+
+
+def extent(path: Path, start: int, stop: int) -> Extent:
+    return Extent(path=path, offset=start, size=stop - start, position=0)
+
+
+def read(files: RandomFiles, path: Path, start: int, stop: int) -> bytes:
+    data = bytearray(stop - start)
+    with contextlib.closing(files.open_file(path, direct=False)) as file:
+        file.read_into(memoryview(data), start)
+    return bytes(data)
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss"])
+def test_what_is_not_written_reads_the_same(model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(random_tensors, "_BLOCK_ELEMENTS", 10_007)
+    monkeypatch.setattr(random_tensors, "_SAMPLED_BYTES", 3000)
+    config = tiny_config(model_type)
+    if model_type == "gpt_oss":
+        config.quantization_config = {"quant_method": "mxfp4"}
+    write_random_checkpoint(config, tmp_path / "whole", torch.bfloat16, shard_bytes=60_000)
+    files = RandomFiles(config, tmp_path / "holes", torch.bfloat16, shard_bytes=60_000)
+    paths = sorted((tmp_path / "holes").glob("*.safetensors"))
+    assert len(paths) > 2
+    files.write([extent(paths[0], 8192, 16384), extent(paths[0], 12288, 20480), extent(paths[1], 4096, 1 << 20)])
+    for path in paths:
+        wanted = (tmp_path / "whole" / path.name).read_bytes()
+        assert path.stat().st_size == len(wanted)
+        for start, stop in [(0, len(wanted)), (8192, 20480), (4000, 9000), (20000, 21000), (len(wanted) - 5, len(wanted) + 100)]:
+            if start >= len(wanted):
+                continue
+            assert read(files, path, start, stop)[: len(wanted) - start] == wanted[start:stop], (path.name, start, stop)
+    assert paths[0].read_bytes()[8192:20480] == (tmp_path / "whole" / paths[0].name).read_bytes()[8192:20480]
+    for path in paths:  # a later read past the file system's cache of what was written finds the header
+        assert path.read_bytes()[:100] == (tmp_path / "whole" / path.name).read_bytes()[:100]
+
+
+def test_a_format_without_random_numbers_is_refused_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny_config("gpt_oss")
+    config.quantization_config = {"quant_method": "mxfp4"}
+    monkeypatch.setattr(MXFP4, "sample", NumberFormat.sample)
+    with pytest.raises(UnsupportedModelError, match="random weights in mxfp4 cannot be made"):
+        RandomFiles(config, tmp_path / "model", torch.bfloat16)
+    assert not (tmp_path / "model").exists()
+
+
+def test_what_is_not_written_takes_no_room(tmp_path: Path) -> None:
+    files = RandomFiles(tiny_config("llama", hidden_size=512, vocab_size=4096), tmp_path, torch.float32)
+    path = tmp_path / SINGLE_FILE
+    assert path.stat().st_size >= files.total_bytes > 30 * ALIGNMENT
+    before = path.stat().st_blocks * 512
+    assert before < files.total_bytes / 10
+    parts = [extent(path, 40 * ALIGNMENT, 50 * ALIGNMENT), extent(path, 45 * ALIGNMENT, 52 * ALIGNMENT)]
+    files.write(parts)
+    assert size_on_disk(parts) == 12 * ALIGNMENT
+    assert 12 * ALIGNMENT <= path.stat().st_blocks * 512 - before < files.total_bytes / 10
+    files.write_all()
+    assert path.stat().st_blocks * 512 >= files.total_bytes
+
+
+def test_every_part_is_finite_whatever_its_name(tmp_path: Path) -> None:
+    """Parts of an encoded tensor are made one by one, and parts of other tensors are others."""
+    config = tiny_config("gpt_oss")
+    config.quantization_config = {"quant_method": "mxfp4"}
+    write_random_checkpoint(config, tmp_path, torch.bfloat16)
+    blocks = [tensor for name, tensor in tensors_of(tmp_path).items() if name.endswith("_blocks")]
+    assert len(blocks) > 1
+    assert len({tensor.numpy().tobytes() for tensor in blocks}) == len(blocks)

@@ -38,6 +38,7 @@ def test_a_run_writes_its_trace(novels_opt: Path, source: Path, tmp_path: Path) 
         "run no-model in.jsonl -o out.jsonl",
         "map no-model in.csv -o out.csv --prompt {a}",
         "bench throughput no-model",
+        "bench steady no-model",
         "eval perplexity no-model text.txt",
         "eval lm-eval no-model",
     ],

@@ -38,7 +38,7 @@ def run_throughput(llm: LLM, workload: Workload, *, on_progress: Callable[[Progr
     """
     llm.open(workload)
     start = time.perf_counter()
-    results = list(llm.stream(_random_requests(llm, workload), workload, on_progress=on_progress))
+    results = list(llm.stream(random_requests(llm, workload), workload, on_progress=on_progress))
     elapsed = time.perf_counter() - start
     total = workload.prompt_tokens + sum(len(result.token_ids) for result in results)
     return {
@@ -51,7 +51,8 @@ def run_throughput(llm: LLM, workload: Workload, *, on_progress: Callable[[Progr
     }
 
 
-def _random_requests(llm: LLM, workload: Workload) -> Iterator[TokenRequest]:
+def random_requests(llm: LLM, workload: Workload) -> Iterator[TokenRequest]:
+    """Yield a request with a random prompt (seeded by the model's seed) for each of the lengths, answered greedily and in full."""
     rng = np.random.default_rng(llm.options.seed)
     for index, (prompt_len, output_len) in enumerate(zip(workload.prompt_lens, workload.output_lens, strict=True)):
         ids = rng.integers(0, llm.vocab_size, prompt_len).tolist()

@@ -7,178 +7,171 @@ states, so that reading them takes the same work as reading the real ones.  Memo
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
-import math
-import mmap
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from copy import deepcopy
-from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
 
-from flexgen.checkpoint.repository import RepositoryTensors, encode_header, sharded
+from flexgen.base.quantities import align_up
+from flexgen.checkpoint.random_tensors import RandomContents, RandomTensors
+from flexgen.checkpoint.repository import RepositoryTensors, sharded
 from flexgen.errors import StorageError
-from flexgen.formats.base import RANDOM_DEVIATION, NamedTensor
 from flexgen.hub.model_files import INDEX_FILE
+from flexgen.io.aligned import ALIGNMENT, AlignedBuffer, Extent
+from flexgen.io.direct_io import File
 
-# A prime number of elements: repeated through a matrix, no two rows of a matrix get the same numbers.
-_BLOCK_ELEMENTS = 4_194_301
+SHARD_BYTES = 2 * 10**9
 _BUFFER_BYTES = 16 << 20
-_SAMPLED_BYTES = 4 << 20  # of a part of an encoded tensor
+_NEW_FILE = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+
+Range = tuple[int, int]  # the first byte of a part of a file, and the one after its last
 
 
-def write_random_checkpoint(
-    config: PreTrainedConfig, folder: Path, dtype: torch.dtype, *, seed: int = 0, shard_bytes: int = 2 * 10**9
-) -> int:
-    """Write config.json and safetensors files with random weights for `config` into `folder`.
+class RandomFiles:
+    """The files of random weights, of which only what is asked for is written.
 
-    Matrices get normal(0, 0.02) numbers (a block of them, repeated), biases and integers 0, other vectors 1.  What the config's number
-    format encodes gets random codes and scales (some rows of them, repeated) that are decoded to numbers of about that size.  Tied weights
-    are written once.  The files are readable by their owner only.
+    Headers are, when the files are made.  The rest takes no room on the disk, and is made when it is read through files that `open_file`
+    opens; whether bytes were written or not, such a file reads the same.  (Read in another way, what is not written is zeros.)  Tied
+    weights are there once.  The files are readable by their owner only.
 
     Args:
         config: The config of a causal language model.
-        folder: The folder to write to; it is created if necessary, and must not hold weights yet.
+        folder: The folder of the files; it is created if necessary, and must not hold weights yet.
         dtype: The dtype of all floating-point tensors that are not encoded.
         seed: The seed of the random numbers.
         shard_bytes: The most bytes of one file, unless a single tensor takes more.
 
-    Returns:
-        The bytes of all tensors.
+    Attributes:
+        total_bytes: The bytes of all tensors.
 
     Raises:
         StorageError: A file exists already or cannot be written.
         UnsupportedModelError: Random weights in the format that the config states cannot be made.
     """
-    stored = RepositoryTensors.of(config, dtype)
-    files = sharded(stored.tensors, shard_bytes)
-    numbers = _Numbers(stored, dtype, seed)
-    total_bytes = sum(tensor.nbytes for tensors in files.values() for tensor in tensors)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, tensors in files.items():
-            with _NewFile(folder / name) as file:
-                _write_shard(file, tensors, numbers)
-        if len(files) > 1:
-            weight_map = {tensor.name: name for name, tensors in files.items() for tensor in tensors}
-            index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-            _write_text(folder / INDEX_FILE, json.dumps(index, indent=2))
-        described = deepcopy(config)
-        described.architectures, described.dtype = [stored.architecture], dtype
-        _write_text(folder / "config.json", described.to_json_string())
-    except OSError as error:
-        raise StorageError(f"{folder}: a random checkpoint of {total_bytes} bytes could not be written: {error}") from error
-    return total_bytes
+
+    def __init__(
+        self, config: PreTrainedConfig, folder: Path, dtype: torch.dtype, *, seed: int = 0, shard_bytes: int = SHARD_BYTES
+    ) -> None:
+        stored = RepositoryTensors.of(config, dtype)
+        files, numbers = sharded(stored.tensors, shard_bytes), RandomTensors(stored, dtype, seed)
+        self.total_bytes = sum(tensor.nbytes for tensors in files.values() for tensor in tensors)
+        self._folder = folder
+        self._contents = {folder / name: RandomContents(tensors, numbers) for name, tensors in files.items()}
+        self._written: dict[Path, list[Range]] = {path: [] for path in self._contents}
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for path, contents in self._contents.items():
+                self._write_file(path, [(0, len(contents.head))], _NEW_FILE)
+            if len(files) > 1:
+                weight_map = {tensor.name: name for name, tensors in files.items() for tensor in tensors}
+                index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
+                _write_text(folder / INDEX_FILE, json.dumps(index, indent=2))
+            described = deepcopy(config)
+            described.architectures, described.dtype = [stored.architecture], dtype
+            _write_text(folder / "config.json", described.to_json_string())
+        except (OSError, StorageError) as error:
+            raise self._not_written(error) from error
+
+    def write(self, extents: Iterable[Extent]) -> None:
+        """Write these parts of the files; no file may be open.
+
+        Raises:
+            StorageError: They cannot be written.
+        """
+        for path, ranges in _by_file(extents).items():
+            try:
+                self._write_file(path, ranges)
+            except StorageError as error:
+                raise self._not_written(error) from error
+
+    def write_all(self) -> None:
+        """Write all that is not written; the errors are those of `write`."""
+        self.write(Extent(path=path, offset=0, size=contents.size_bytes, position=0) for path, contents in self._contents.items())
+
+    def open_file(self, path: Path, **how: Any) -> File:
+        """Open one of the files for reading; `how` has the other arguments of `File`."""
+        return _RandomFile(path, self._contents[path], self._written[path], **how)
+
+    def _not_written(self, error: Exception) -> StorageError:
+        return StorageError(f"{self._folder}: a random checkpoint of {self.total_bytes} bytes could not be written: {error}")
+
+    def _write_file(self, path: Path, ranges: Sequence[Range], flags: int = os.O_RDWR) -> None:
+        """Write parts of a file, which begin at whole pages.
+
+        They bypass the page cache where the file system allows that: through it, writing a benchmark's checkpoint takes three times as
+        long and evicts everything else from it.
+        """
+        contents, buffer = self._contents[path], AlignedBuffer(_BUFFER_BYTES)
+        with contextlib.closing(File(path, flags=flags, on_plain=lambda folder, why: None)) as file:
+            for start, stop in ranges:
+                for at in range(start, stop, _BUFFER_BYTES):
+                    view = buffer.view[: align_up(min(stop - at, _BUFFER_BYTES), ALIGNMENT)]
+                    contents.read_into(view, at)
+                    file.write_from(view, at)
+            file.truncate(contents.size_bytes)  # the last page was written whole
+        self._written[path] = _merged([*self._written[path], *((start, align_up(stop, ALIGNMENT)) for start, stop in ranges)])
 
 
-def checkpoint_bytes(config: PreTrainedConfig, dtype: torch.dtype) -> int:
-    """Return the bytes of all tensors that `write_random_checkpoint` would write."""
-    return sum(tensor.nbytes for tensor in RepositoryTensors.of(config, dtype).tensors)
+class _RandomFile(File):
+    """A file whose bytes are read where they are written, and made where they are not."""
 
+    def __init__(self, path: Path, contents: RandomContents, written: Sequence[Range], **how: Any) -> None:
+        self._contents, self._written = contents, written
+        super().__init__(path, **how)
 
-class _Numbers:
-    """The random bytes of tensors, in portions."""
-
-    def __init__(self, stored: RepositoryTensors, dtype: torch.dtype, seed: int) -> None:
-        self._number_format, self._encoded = stored.number_format, stored.encoded
-        self._generator = torch.Generator().manual_seed(seed)
-        block = torch.empty(_BLOCK_ELEMENTS).normal_(0, RANDOM_DEVIATION, generator=self._generator)
-        self._random = _bytes_of(block.to(dtype))
-        self._begin = 0  # where the last tensor begins in the block, in elements
-
-    def portions(self, tensor: NamedTensor) -> Iterator[memoryview]:
-        """Yield the bytes of `tensor` in portions."""
-        if tensor.name in self._encoded:
-            source, begin = _bytes_of(self._sampled(tensor)), 0
-        elif len(tensor.shape) > 1 and tensor.dtype.is_floating_point and "bias" not in tensor.name:
-            # Each tensor begins at another position of the block, far from the previous one.
-            self._begin = (self._begin + _BLOCK_ELEMENTS * 5 // 8) % _BLOCK_ELEMENTS
-            source, begin = self._random, self._begin * tensor.dtype.itemsize
+    def _fill(self, view: memoryview, offset: int) -> None:
+        stop = min(offset + len(view), self._contents.size_bytes)
+        if any(first <= offset and stop <= end for first, end in self._written):
+            super()._fill(view, offset)
         else:
-            value = 1 if tensor.dtype.is_floating_point and "bias" not in tensor.name else 0
-            source, begin = _bytes_of(torch.full((min(math.prod(tensor.shape), _BLOCK_ELEMENTS),), value, dtype=tensor.dtype)), 0
-        left = tensor.nbytes
-        while left:
-            portion = source[begin : begin + left]
-            yield portion
-            left -= len(portion)
-            begin = 0
-
-    def _sampled(self, tensor: NamedTensor) -> torch.Tensor:
-        """Return random numbers for an encoded tensor's part, or for so many rows of it as make a block."""
-        assert self._number_format is not None
-        if tensor.shape:
-            row_bytes = max(tensor.nbytes // max(tensor.shape[0], 1), 1)
-            rows = min(tensor.shape[0], max(_SAMPLED_BYTES // row_bytes, 1))
-            tensor = replace(tensor, shape=(rows, *tensor.shape[1:]))
-        return self._number_format.sample(tensor, self._generator).contiguous()
+            self._contents.read_into(view, offset)
 
 
-def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    return tensor.reshape(-1).view(torch.uint8).numpy().data
+def write_random_checkpoint(
+    config: PreTrainedConfig, folder: Path, dtype: torch.dtype, *, seed: int = 0, shard_bytes: int = SHARD_BYTES
+) -> int:
+    """Write config.json and safetensors files with random weights for `config` into `folder`.
+
+    The arguments and the errors are those of `RandomFiles`, the numbers those of `RandomTensors`.
+
+    Returns:
+        The bytes of all tensors.
+    """
+    files = RandomFiles(config, folder, dtype, seed=seed, shard_bytes=shard_bytes)
+    files.write_all()
+    return files.total_bytes
 
 
-def _write_shard(file: _NewFile, tensors: Sequence[NamedTensor], numbers: _Numbers) -> None:
-    header = encode_header(tensors)
-    file.write(len(header).to_bytes(8, "little") + header)
-    for tensor in tensors:
-        for portion in numbers.portions(tensor):
-            file.write(portion)
+def size_on_disk(extents: Iterable[Extent]) -> int:
+    """Return the bytes that parts of files take, those that overlap counted once."""
+    return sum(stop - start for ranges in _by_file(extents).values() for start, stop in ranges)
+
+
+def _by_file(extents: Iterable[Extent]) -> dict[Path, list[Range]]:
+    """Return the parts of each file, none of which overlap."""
+    ranges: dict[Path, list[Range]] = {}
+    for each in extents:
+        ranges.setdefault(each.path, []).append((each.offset, each.offset + each.size))
+    return {path: _merged(found) for path, found in ranges.items()}
+
+
+def _merged(ranges: Iterable[Range]) -> list[Range]:
+    """Return the same bytes as ranges in order, with a gap between any two."""
+    merged: list[Range] = []
+    for start, stop in sorted(ranges):
+        if merged and start <= merged[-1][1]:
+            merged[-1] = merged[-1][0], max(stop, merged[-1][1])
+        else:
+            merged.append((start, stop))
+    return merged
 
 
 def _write_text(path: Path, text: str) -> None:
-    with _NewFile(path) as file:
-        file.write(text.encode())
-
-
-class _NewFile:
-    """A new file readable by its owner only, written in large pieces that bypass the page cache where the file system allows it.
-
-    Through the page cache, writing a benchmark's checkpoint takes three times as long and evicts everything else from it.
-    """
-
-    def __init__(self, path: Path) -> None:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        self._descriptor = os.open(path, flags, 0o600)
-        self._set_direct(True)
-        self._buffer = mmap.mmap(-1, _BUFFER_BYTES)  # page-aligned, as direct writes require
-        self._filled = 0
-
-    def __enter__(self) -> _NewFile:
-        return self
-
-    def __exit__(self, kind: object, error: object, traceback: object) -> None:
-        try:
-            if kind is None:
-                self._set_direct(False)  # the rest is not a whole number of pages
-                self._flush()
-        finally:
-            os.close(self._descriptor)
-            self._buffer.close()
-
-    def write(self, data: bytes | memoryview) -> None:
-        rest = memoryview(data)
-        while rest:
-            portion = rest[: _BUFFER_BYTES - self._filled]
-            self._buffer[self._filled : self._filled + len(portion)] = portion
-            self._filled += len(portion)
-            rest = rest[len(portion) :]
-            if self._filled == _BUFFER_BYTES:
-                self._flush()
-
-    def _flush(self) -> None:
-        with memoryview(self._buffer) as buffer:
-            done = 0
-            while done < self._filled:
-                done += os.write(self._descriptor, buffer[done : self._filled])
-        self._filled = 0
-
-    def _set_direct(self, direct: bool) -> None:
-        flags = fcntl.fcntl(self._descriptor, fcntl.F_GETFL)
-        wanted = flags | os.O_DIRECT if direct else flags & ~os.O_DIRECT
-        with contextlib.suppress(OSError):  # the file system may not support direct writes
-            fcntl.fcntl(self._descriptor, fcntl.F_SETFL, wanted)
+    descriptor = os.open(path, _NEW_FILE | os.O_CLOEXEC, 0o600)
+    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        file.write(text)

@@ -30,7 +30,8 @@ app = typer.Typer(
 for _command in (run.run, map.map, status.status, export.export, plan.plan, profile.profile, convert.convert):
     app.command(cls=Command)(_command)
 _bench = typer.Typer(cls=Group, no_args_is_help=True, rich_markup_mode=None, help="Measure this machine's throughput with a model.")
-_bench.command(cls=Command)(bench.throughput)
+for _command in (bench.throughput, bench.steady):
+    _bench.command(cls=Command)(_command)
 app.add_typer(_bench, name="bench")
 _eval = typer.Typer(
     cls=Group, no_args_is_help=True, rich_markup_mode=None, help="Evaluate a model: perplexity, LAMBADA, lm-evaluation-harness."

@@ -74,10 +74,17 @@ EXAMPLES = {
         ("flexgen cache verify", "every conversion of the cache"),
         ("flexgen cache verify ./opt-int4", "a folder that `flexgen convert` has written"),
     ],
-    "bench": [("flexgen bench throughput MODEL --input-len 256 --output-len 32", "tokens per second over random prompts")],
+    "bench": [
+        ("flexgen bench throughput MODEL --input-len 256 --output-len 32", "tokens per second over random prompts"),
+        ("flexgen bench steady MODEL --input-len 512 --output-len 32", "the same in the middle of a long job, in a minute"),
+    ],
     "throughput": [
         ("flexgen bench throughput MODEL --num-prompts 200", "that many random prompts of 256 tokens"),
         ("flexgen bench throughput MODEL --load-format dummy", "random weights: config.json is enough"),
+    ],
+    "steady": [
+        ("flexgen bench steady MODEL --input-len 512 --output-len 32", "12 passes in the middle of a job of 1,000 prompts"),
+        ("flexgen bench steady opt-30b --load-format dummy", "random weights; only those that stay on disk are written"),
     ],
     "eval": [
         ("flexgen eval perplexity MODEL text.txt", "perplexity per word, byte and token"),
@@ -113,6 +120,7 @@ PAGES = {
     "verify": ("docs/quantization.md",),
     "bench": ("docs/metrics.md",),
     "throughput": ("docs/metrics.md", "docs/trace.md"),
+    "steady": ("docs/metrics.md", "docs/benchmarks.md", "docs/trace.md"),
     "eval": ("docs/evaluation.md",),
     "perplexity": ("docs/evaluation.md",),
     "lambada": ("docs/evaluation.md",),

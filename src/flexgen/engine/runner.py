@@ -9,7 +9,7 @@ import contextlib
 import logging
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from flexgen.kernels.threads import KernelThreads
 from flexgen.kv.flow import KVFlow
 from flexgen.kv.open import KVSetup, open_places
 from flexgen.kv.pages import group_layers
+from flexgen.kv.random_pages import RandomPages
 from flexgen.kv.sparse import ValueCounter
 from flexgen.models.assemble import AssembledModel
 from flexgen.models.attention import PassCache
@@ -101,7 +102,7 @@ class ModelRunner:
             self.homes = unit_homes(model.spec, policy.weights)
             self._arrived = threading.Event()  # wakes the ready loop
             self.values = ValueCounter()
-            self._files = FileSet(verify=verify_reads)
+            self._files = FileSet(verify=verify_reads, open_file=model.open_file)
             opened.callback(self._files.close)
             staging = Staging(backend, policy.copies_in_bytes, policy.copies_out_bytes)
             self.copies = PackedCopies(staging)
@@ -154,6 +155,20 @@ class ModelRunner:
         finally:
             torch.set_num_threads(self._previous_threads)
             sys.setswitchinterval(self._previous_interval)
+
+    def fill_kv(self, stored: Mapping[str, Sequence[Sequence[int]]], seed: int) -> None:
+        """Fill the pages of KV with random numbers, as if tokens had been computed; no pass may be running.
+
+        Args:
+            stored: For each tier and layer group, the page ids that hold tokens.
+            seed: The seed of the numbers.
+
+        Raises:
+            StorageError: Pages cannot be written to disk.
+        """
+        with contextlib.closing(RandomPages(self.model.dtype, self.policy.compute_threads, self._backend, self._io, seed)) as pages:
+            for tier, pool in self.cache.pools.items():
+                pages.fill(tier, pool, stored[tier])
 
     # -- passes ---------------------------------------------------------------------------------------------------------------------
 

@@ -70,6 +70,11 @@ class Scheduler:
     def num_waiting(self) -> int:
         return len(self._waiting)
 
+    @property
+    def live(self) -> Iterator[LiveSequence]:
+        """The live sequences, oldest first."""
+        return iter(self._live.values())
+
     def unfinished(self) -> Iterator[PartialAnswer]:
         """Yield the unfinished answers as far as they have come, those of preempted sequences included."""
         return (each.so_far() for each in itertools.chain(self._live.values(), self._waiting) if each.generated)
@@ -85,6 +90,7 @@ class Scheduler:
         if prefixes is not NO_PREFIXES and prefixes.page_tokens != self._policy.page_tokens:
             raise EngineError(f"prefixes of pages of {prefixes.page_tokens} tokens for pages of {self._policy.page_tokens}")
         self._prefixes.begin(prefixes)
+        self._quota.credit = self._quota.per_pass  # whatever a run that was given up has left
 
     def register(self, sequence: LiveSequence) -> None:
         """Find the prefixes that a new sequence has in common with others."""

@@ -203,16 +203,17 @@ class FileSet:
     Args:
         verify: As for `File`.
         tell_plain: Whether a folder that refuses O_DIRECT is reported.
+        open_file: Opens a file; called with the arguments of `File`.
     """
 
-    def __init__(self, *, verify: bool = False, tell_plain: bool = True) -> None:
-        self._verify, self._tell_plain = verify, tell_plain
+    def __init__(self, *, verify: bool = False, tell_plain: bool = True, open_file: Callable[..., File] = File) -> None:
+        self._verify, self._tell_plain, self._open_file = verify, tell_plain, open_file
         self._files: dict[Path, File] = {}
         self._plain: set[Path] = set()
 
     def __getitem__(self, path: Path) -> File:
         if path not in self._files:
-            self._files[path] = File(path, verify=self._verify, on_plain=self._say_once)
+            self._files[path] = self._open_file(path, verify=self._verify, on_plain=self._say_once)
         return self._files[path]
 
     def _say_once(self, folder: Path, why: str) -> None:

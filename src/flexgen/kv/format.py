@@ -113,6 +113,12 @@ class KVPages(ABC):
     def write(self, kernels: AttentionKernels, key: Tensor, value: Tensor, page_ids: Tensor, page_offsets: Tensor) -> None:
         """Store keys and values (tokens, heads, dim) at these pages and offsets, both int64 (tokens,)."""
 
+    def write_pages(self, kernels: AttentionKernels, key: Tensor, value: Tensor, page_ids: Tensor) -> None:
+        """Store complete pages, (pages * page_tokens, heads, dim), under these page ids, int64 (pages,)."""
+        page_tokens = len(key) // len(page_ids)
+        offsets = torch.arange(page_tokens, device=page_ids.device).repeat(len(page_ids))
+        self.write(kernels, key, value, page_ids.repeat_interleave(page_tokens), offsets)
+
     @abstractmethod
     def gather(self, kernels: AttentionKernels, table: Tensor, start: int, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return the keys and values, (length - start, heads, dim) in `dtype`, of one sequence, whose pages are `table`."""

@@ -120,6 +120,9 @@ class LowBitPages(KVPages):
         """Store keys and values (tokens, heads, dim) in tails; see `seal`."""
         self.tails.write(kernels, key, value, page_ids, page_offsets)
 
+    def write_pages(self, kernels: AttentionKernels, key: Tensor, value: Tensor, page_ids: Tensor) -> None:
+        self.seal(kernels, key, value, page_ids)
+
     def seal(self, kernels: AttentionKernels, key: Tensor, value: Tensor, page_ids: Tensor) -> None:
         """Store complete pages, (pages * page_tokens, heads, dim), under these page ids."""
         kernels.seal(key, value, self.sealed, page_ids)

@@ -16,6 +16,7 @@ from flexgen.checkpoint.files import Checkpoint, Headers
 from flexgen.formats.base import Encoding
 from flexgen.formats.table import check_supported_number_format
 from flexgen.formats.warming import smallest_of_each_kind
+from flexgen.io.direct_io import File
 from flexgen.kv.format import KVFormat, default_kv_format
 from flexgen.models.describe import model_spec
 from flexgen.models.refusals import check_supported_architecture
@@ -47,6 +48,7 @@ class AssembledModel:
         rope_regime: A function from the length of a prompt to what its keys depend on besides its tokens.
         unused_bytes: The bytes of stored parameters that text generation does not need, such as those of vision towers.
         encodings: An encoded tensor of each kind that the model has, so that decoding can be warmed up.
+        open_file: Opens a file of weights; called with the arguments of `File`.
     """
 
     bound: BoundModel
@@ -63,6 +65,7 @@ class AssembledModel:
     rope_regime: Callable[[int], Hashable]
     unused_bytes: int
     encodings: tuple[Encoding, ...] = ()
+    open_file: Callable[..., File] = File
 
 
 def assemble_model(

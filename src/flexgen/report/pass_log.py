@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from flexgen.plan.machine import Machine
 from flexgen.plan.model import ModelSpec
@@ -10,6 +11,23 @@ from flexgen.plan.policy import Policy
 from flexgen.plan.price.pass_time import Expectation
 from flexgen.plan.price.weights import weights_work
 from flexgen.plan.price.work import PassLoad, PassWork, busiest, ideal_seconds, price
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PassRecord:
+    """One pass.
+
+    Attributes:
+        work: What it moved and computed, as counted.
+        expected_seconds: The seconds that it should have taken at typical rates; 0 where it is compared with no machine.
+        ideal: For each resource, its ideal seconds; empty where it is compared with no machine.
+        waits: For each cause, the seconds in which there was nothing to run.
+    """
+
+    work: PassWork = field(default_factory=PassWork)
+    expected_seconds: float = 0.0
+    ideal: Mapping[str, float] = field(default_factory=dict[str, float])
+    waits: Mapping[str, float] = field(default_factory=dict[str, float])
 
 
 class PassLog:
@@ -31,6 +49,7 @@ class PassLog:
         seconds: The seconds that the passes took.
         waits: For each cause, the seconds in which there was nothing to run.
         compute_share: The ideal seconds of computing over the wall time, for the last pass.
+        last: The last pass.
     """
 
     def __init__(self, spec: ModelSpec, machine: Machine | None, policy: Policy, homes: Sequence[str]) -> None:
@@ -44,6 +63,7 @@ class PassLog:
         self.decided: dict[str, float] = {}
         self.expected: dict[str, float] = {}
         self.waits: dict[str, float] = {}
+        self.last = PassRecord()
 
     def work_of(self, load: PassLoad) -> PassWork:
         """Return the bytes that a pass moves and the work that it computes."""
@@ -55,14 +75,16 @@ class PassLog:
         self.seconds += seconds
         _add(self.waits, waits)
         if self.machine is None or self._expectation is None:
+            self.last = PassRecord(work=work, waits=waits)
             return
         ideal = ideal_seconds(work, self.machine, self._policy.dtype)
+        self.last = PassRecord(work=work, expected_seconds=self.expected_of(work), ideal=ideal, waits=waits)
         _add(self.ideal, ideal)
         _add(self.expected, self._expectation.busy(work, self._policy))
         resource, most = busiest(ideal)
         self.busiest_seconds += most
         self.decided[resource] = self.decided.get(resource, 0.0) + most
-        self.expected_seconds += self.expected_of(work)
+        self.expected_seconds += self.last.expected_seconds
         self.compute_share = ideal["compute"] / max(seconds, 1e-9)
 
     def expected_of(self, work: PassWork) -> float:

@@ -12,16 +12,19 @@ from pathlib import Path
 from flexgen.base.recorder import Recorder
 from flexgen.base.steps import step
 from flexgen.devices.open import open_device
-from flexgen.engine.engine import Engine
+from flexgen.engine.steady import SteadyEngine
+from flexgen.errors import EngineError
 from flexgen.io.offload import OffloadFolder
 from flexgen.plan.price.pass_time import Expectation
 from flexgen.plan.search.ideal import budgets_of
 from flexgen.plan.tell.forecast import forecast_again
+from flexgen.plan.tell.middle import find_middle
 from flexgen.plan.tell.remaining import RemainingTime
 from flexgen.plan.workload import Workload
 from flexgen.profile.check import MachineCheck
 from flexgen.report.progress import Progress, RunReport
 from flexgen.report.report import RunContext, make_report
+from flexgen.report.steady import MeasuredPass, SteadyReport, make_steady_report
 from flexgen.request import PartialAnswer, TokenRequest, TokenResult
 from flexgen.session.prepare import Prepared
 from flexgen.text.common_prefixes import NO_PREFIXES, CommonPrefixes
@@ -53,6 +56,7 @@ class PlannedEngine:
         self.plan, self._workload = prepared.plan, prepared.workload
         with contextlib.ExitStack() as resources:
             resources.callback(prepared.discard)
+            prepared.write_weights()
             check = _machine_check(prepared)
             start = time.perf_counter()
             self._engine = _opened(prepared, resources, recorder)
@@ -99,6 +103,57 @@ class PlannedEngine:
         runner = self._engine.runner
         return make_report(self._engine.log, self.plan, runner.placement(), runner.device_bytes(), self._context)
 
+    def steady(
+        self,
+        requests: Iterable[TokenRequest],
+        *,
+        num_warmup: int,
+        num_passes: int,
+        seed: int,
+        on_progress: Callable[[Progress], None] | None = None,
+    ) -> SteadyReport:
+        """Measure passes in the middle of the job that the plan was made for; those before it are not computed.
+
+        Args:
+            requests: The requests of the job, without common prefixes; they are pulled as they are needed.
+            num_warmup: The number of passes that are computed before those that count.
+            num_passes: The number of passes that count.
+            seed: The seed of what stands for the tokens, keys and values that were not computed.
+            on_progress: Called now and then with the progress of the passes.
+
+        Raises:
+            OptionError: The job has fewer passes between its beginning and its end.
+            StorageError: Something could not be read or written.
+            EngineError: The engine cannot continue, or has fewer passes to make than planned.
+        """
+        middle = find_middle(self.plan, self._workload, num_passes, num_before=num_warmup)
+        num_skipped = middle.first - num_warmup
+        step(f"going through {num_skipped} passes without computing them, and filling the KV cache")
+        start = time.perf_counter()
+        with self._engine.middle(requests, num_skipped=num_skipped, seed=seed) as run_pass:
+            prepare_seconds = time.perf_counter() - start
+            warmup = self._measured(run_pass, num_warmup, on_progress)
+            passes = self._measured(run_pass, num_passes, on_progress)
+            if len(passes) < num_passes:
+                raise EngineError(f"the job was over after {len(passes)} of {num_passes} passes, earlier than planned: raise num_prompts")
+            report = self.report()
+        return make_steady_report(
+            report, self.plan, self._workload, self._context.budgets, middle,
+            num_skipped=num_skipped, prepare_seconds=prepare_seconds, warmup=warmup, passes=passes,
+        )  # fmt: skip
+
+    def _measured(self, run_pass: Callable[[], bool], count: int, on_progress: Callable[[Progress], None] | None) -> list[MeasuredPass]:
+        """Run so many passes, which have a log of their own."""
+        self._engine.log = log = self._engine.new_log(self.plan.machine, on_progress=on_progress)
+        passes: list[MeasuredPass] = []
+        end, moved = time.perf_counter(), log.bytes_moved()
+        while len(passes) < count and run_pass():
+            start, before = end, moved
+            end, moved = time.perf_counter(), log.bytes_moved()
+            passes.append(MeasuredPass.of(log.passes.last, end - start, {link: moved[link] - before[link] for link in moved}))
+        log.over()
+        return passes
+
     def close(self) -> None:
         """Close the engine, and remove the files written for it; may be called twice."""
         self._resources.close()
@@ -107,7 +162,7 @@ class PlannedEngine:
         return Expectation(self.plan.spec, self.plan.machine, self.plan.policy.dtype)
 
 
-def _opened(prepared: Prepared, resources: contextlib.ExitStack, recorder: Recorder | None) -> Engine:
+def _opened(prepared: Prepared, resources: contextlib.ExitStack, recorder: Recorder | None) -> SteadyEngine:
     """Return an engine without weights; `resources` closes it and removes its offload folder."""
     limits, policy = prepared.limits, prepared.plan.policy
     offload_dir = None
@@ -118,8 +173,11 @@ def _opened(prepared: Prepared, resources: contextlib.ExitStack, recorder: Recor
     backend = open_device(limits.device, limits.device_bytes - limits.device_overhead_bytes)
     if backend is not None:
         backend.limit(limits.device_bytes)
-    engine = Engine(prepared.model, policy, backend=backend, offload_dir=offload_dir, verify_reads=prepared.verify_reads, recorder=recorder)
-    return resources.enter_context(engine)
+    engine = SteadyEngine(
+        prepared.model, policy, backend=backend, offload_dir=offload_dir, verify_reads=prepared.verify_reads, recorder=recorder
+    )
+    resources.callback(engine.close)
+    return engine
 
 
 def _machine_check(prepared: Prepared) -> MachineCheck | None:
@@ -127,7 +185,8 @@ def _machine_check(prepared: Prepared) -> MachineCheck | None:
     policy, layouts, seconds = prepared.plan.policy, prepared.model.layouts, prepared.plan.forecast.seconds
     if seconds < CHECKED_SECONDS:
         return None
-    files = {extent.path for layout in layouts for extent in layout.extents} if policy.weights.disk else set[Path]()
+    streams = policy.weights.disk and prepared.random_weights is None  # random files have holes, which say nothing of a disk
+    files = {extent.path for layout in layouts for extent in layout.extents} if streams else set[Path]()
     check = MachineCheck(
         machine=prepared.plan.machine, device=policy.device, dtype=policy.dtype, max_bytes=policy.workspace_bytes,
         job_seconds=seconds, weights=max(files, key=lambda path: path.stat().st_size, default=None),

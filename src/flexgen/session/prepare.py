@@ -6,23 +6,19 @@ Everything heavy (transformers, kernels) is loaded before the process is measure
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
 
 from flexgen.base.heap import limit_heap
-from flexgen.base.quantities import GIB, MIB, format_size
+from flexgen.base.quantities import GIB, MIB
 from flexgen.base.steps import step
-from flexgen.checkpoint.dummy import checkpoint_bytes, write_random_checkpoint
-from flexgen.errors import CapacityError, FlexGenError
+from flexgen.errors import FlexGenError
 from flexgen.formats import warming
 from flexgen.io.checksums import BLOCK_BYTES, BYTES_PER_BLOCK
-from flexgen.io.offload import OffloadFolder
 from flexgen.kernels.attention import attention_kernels, warm_up, warm_up_sealed, warm_up_sparse
 from flexgen.kernels.int8.products import check_exact, warm_up_int8
 from flexgen.kv.format import KVFormat
@@ -35,9 +31,8 @@ from flexgen.plan.tell.forecast import Plan, make_plan
 from flexgen.plan.workload import Workload
 from flexgen.profile.kept import cached_machine
 from flexgen.session.model import DESCRIBING, ResolvedModel
+from flexgen.session.random_weights import RandomWeights
 from flexgen.session.turns import forked
-
-logger = logging.getLogger(__name__)
 
 # From this size of weights on, half a minute of measuring costs little compared with the run.
 THOROUGH_BYTES = 1 * GIB
@@ -55,7 +50,7 @@ class Prepared:
         limits: The budgets that it keeps.
         workload: The work that it is for.
         process_bytes: The resident memory of the process before any weight was loaded, plus that of checksums if reads are verified.
-        dummy_folder: The folder of random weights written for this run, removed with it; None for real weights.
+        random_weights: The random weights of this run, removed with it; None for real weights.
         verify_reads: As in EngineOptions.
     """
 
@@ -64,13 +59,23 @@ class Prepared:
     limits: Limits
     workload: Workload
     process_bytes: int
-    dummy_folder: OffloadFolder | None
+    random_weights: RandomWeights | None
     verify_reads: bool
 
+    def write_weights(self) -> None:
+        """Write what the plan leaves on disk, where weights are random.
+
+        Raises:
+            CapacityError: It does not fit the disk space granted.
+            StorageError: It cannot be written.
+        """
+        if self.random_weights is not None:
+            self.random_weights.write(self.model, self.plan.policy)
+
     def discard(self) -> None:
-        """Remove the random weights that were written for the run, if any were."""
-        if self.dummy_folder is not None:
-            self.dummy_folder.remove()
+        """Remove the files of random weights, if there are any."""
+        if self.random_weights is not None:
+            self.random_weights.remove()
 
 
 def prepare(found: ResolvedModel, options: EngineOptions, workload: Workload) -> Prepared:
@@ -86,15 +91,16 @@ def prepare(found: ResolvedModel, options: EngineOptions, workload: Workload) ->
         raise FlexGenError(forked("a model has been opened"))
     limit_heap()
     with DESCRIBING, contextlib.ExitStack() as undo:
-        limits, folder, dummy_folder = found.limits, found.files.folder, None
+        limits, folder, random_weights = found.limits, found.files.folder, None
         options = replace(options, dtype=found.dtype, device=limits.device)
         if options.load_format == "dummy":
-            dummy_folder = _random_weights(found.config, getattr(torch, options.dtype), limits)
-            undo.callback(dummy_folder.remove)
-            folder = dummy_folder.path
+            random_weights = RandomWeights(found.config, getattr(torch, options.dtype), limits)
+            undo.callback(random_weights.remove)
+            folder = random_weights.folder
         model = found.take(folder)
-        if dummy_folder is not None:
-            limits = replace(limits, disk_bytes=max(limits.disk_bytes - model.total_bytes, 0))
+        if random_weights is not None:
+            model = replace(model, open_file=random_weights.open_file)
+            limits = replace(limits, disk_bytes=max(limits.disk_bytes - model.total_bytes, 0))  # the plan may leave all on disk
         load_products(model.dtype, model.cpu_compute)
         weights = model.layouts[0].extents[0].path.parent
         machine = measured_machine(limits, weights, model.total_bytes, model.spec)
@@ -107,7 +113,7 @@ def prepare(found: ResolvedModel, options: EngineOptions, workload: Workload) ->
         plan = make_plan(options, model.spec, machine, limits, workload, process_bytes=process_bytes)
         undo.pop_all()
     return Prepared(
-        model=model, plan=plan, limits=limits, workload=workload, process_bytes=process_bytes, dummy_folder=dummy_folder,
+        model=model, plan=plan, limits=limits, workload=workload, process_bytes=process_bytes, random_weights=random_weights,
         verify_reads=options.verify_reads,
     )  # fmt: skip
 
@@ -158,19 +164,3 @@ def load_kernels(dtype: torch.dtype, kv_format: KVFormat, *, sparse: bool = Fals
             warm_up_sparse(kernels, dtype, sealed=kv_format.tail is not None)
     finally:
         kernels.close()
-
-
-def _random_weights(config: Any, dtype: torch.dtype, limits: Limits) -> OffloadFolder:
-    """Write random weights for a config to a fresh offload folder, and return it."""
-    folder = OffloadFolder(Path(limits.offload_dir))
-    logger.info("writing random weights to %s", folder.path)
-    try:
-        size = checkpoint_bytes(config, dtype)
-        if size > limits.disk_bytes:
-            granted = format_size(limits.disk_bytes)
-            raise CapacityError(f"random weights take {format_size(size)} of disk, {granted} are granted: raise disk=")
-        write_random_checkpoint(config, folder.path, dtype)
-    except BaseException:
-        folder.remove()
-        raise
-    return folder

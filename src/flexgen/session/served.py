@@ -21,6 +21,7 @@ from flexgen.plan.policy import PAGE_TOKENS
 from flexgen.plan.tell.forecast import Plan
 from flexgen.plan.workload import Workload
 from flexgen.report.progress import Progress, RunReport
+from flexgen.report.steady import SteadyReport
 from flexgen.request import PartialAnswer, SamplingParams, TokenRequest, TokenResult
 from flexgen.session.fingerprint import fingerprint
 from flexgen.session.model import ResolvedModel
@@ -280,6 +281,17 @@ class ServedModel:
         except BaseException:
             self._engine.close()  # its live sequences are of no use to a later call
             raise
+
+    def steady(self, requests: Iterable[TokenRequest], workload: Workload, **how: Any) -> SteadyReport:
+        """Measure passes in the middle of a job; arguments and errors are those of `PlannedEngine.steady`."""
+        _check_workload("steady", workload)
+        with self.turns.call():
+            engine = self._engine.serving(workload)
+            try:
+                return engine.steady(requests, seed=self.options.seed, **how)
+            except BaseException:
+                self._engine.close()  # its live sequences are of no use to a later call
+                raise
 
     def shrink(self) -> int | None:
         """Have the next engine keep half as many sequences alive as the last one, after memory ran out.
