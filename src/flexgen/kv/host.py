@@ -149,7 +149,9 @@ class HostView:
         if not self.plan.prompts:
             return self._attend_steps(call, group)
         flow = self._attention.flow
-        return self._attend_prompts(call, group) if flow.has_room() else DeferredAttention(flow.has_room, lambda: self.attend(call))
+        if flow.has_room():
+            return self._attend_prompts(call, group)
+        return DeferredAttention(flow.has_room, lambda: self._attend_prompts(call, group))
 
     def _attend_steps(self, call: AttentionCall, group: int) -> PendingAttention:
         attention, plan = self._attention, self.plan.groups[group]
