@@ -16,6 +16,7 @@ from dataclasses import replace
 import torch
 
 from flexgen.devices.packed import PackedCopies
+from flexgen.devices.staging import Staging
 from flexgen.engine.device_sampler import start_sampling
 from flexgen.engine.sampler import sample
 from flexgen.request import TokenRequest
@@ -53,7 +54,7 @@ def main() -> None:
     for name, kinds in [*((name, [kind]) for name, kind in KINDS.items()), ("mixed", list(KINDS.values()))]:
         requests = [replace(kinds[row % len(kinds)], index=row, seed=row) for row in range(asked.rows)]
         if asked.together:
-            found = seconds(lambda requests=requests: start_sampling(logits, requests, nothing, PackedCopies(None))(), asked.rounds)
+            found = seconds(lambda requests=requests: start_sampling(logits, requests, nothing, PackedCopies(Staging(None)))(), asked.rounds)
         else:
             found = seconds(lambda requests=requests: sample(logits, requests, nothing), asked.rounds)
         print(f"{name}: {asked.rows} rows of {asked.vocab_size:,} logits: median {statistics.median(found):.4f} s, best {min(found):.4f} s")

@@ -58,7 +58,7 @@ class RandomPages:
                 continue
             block = PageMemory(group, 1, _block_pages(group, count), allocate_memory)
             self._randomise(group, block)
-            sources = staging.to_device(*(plane[0] for plane in block.planes))
+            sources = staging.to_device(*(plane[0] for plane in block.planes)).take()
             for plane, source in zip(memory.planes, sources, strict=True):  # (layers, pages, bytes), (pages of the block, bytes)
                 for layer in range(len(group.layers)):
                     for start in range(0, count, len(source)):
