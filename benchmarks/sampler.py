@@ -51,10 +51,11 @@ def main() -> None:
     generator = torch.Generator().manual_seed(0)
     logits = (4 * torch.randn(asked.rows, asked.vocab_size, generator=generator)).bfloat16()
     nothing: list[tuple[int, ...]] = [()] * asked.rows
+    copies = PackedCopies(Staging(None))
     for name, kinds in [*((name, [kind]) for name, kind in KINDS.items()), ("mixed", list(KINDS.values()))]:
         requests = [replace(kinds[row % len(kinds)], index=row, seed=row) for row in range(asked.rows)]
         if asked.together:
-            found = seconds(lambda requests=requests: start_sampling(logits, requests, nothing, PackedCopies(Staging(None)))(), asked.rounds)
+            found = seconds(lambda requests=requests: start_sampling(logits, requests, nothing, copies)(), asked.rounds)
         else:
             found = seconds(lambda requests=requests: sample(logits, requests, nothing), asked.rounds)
         print(f"{name}: {asked.rows} rows of {asked.vocab_size:,} logits: median {statistics.median(found):.4f} s, best {min(found):.4f} s")
