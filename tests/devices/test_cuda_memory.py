@@ -20,7 +20,7 @@ class FakeCard:
         self.others, self.shares = OTHERS, list[float]()
 
     def used(self) -> int:
-        self.context = self.context if self.sees_before else CONTEXT
+        self.context = self.context if self.sees_before else CONTEXT  # CUDA is asked
         return self.others + self.context + self.libraries + self.code + self.tensors
 
     def free_and_total(self) -> tuple[int, int]:
@@ -60,6 +60,12 @@ def test_a_context_that_was_there_before_counts_as_a_usual_one() -> None:
     """So does every context where the management library cannot be asked."""
     memory = CudaMemory(FakeCard(sees_before=False))
     assert memory.overhead_bytes == CUDA_BYTES + LIBRARIES + WORKSPACE + LATER_BYTES
+
+
+def test_a_context_that_was_made_unnoticed_counts_as_a_usual_one() -> None:
+    card = FakeCard(sees_before=True)
+    card.context, card.libraries = CONTEXT, LIBRARIES
+    assert CudaMemory(card).overhead_bytes == CUDA_BYTES + WORKSPACE + LATER_BYTES
 
 
 def test_a_budget_is_that_of_the_whole_process() -> None:

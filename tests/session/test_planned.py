@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 from machines import machine_of
 
 from flexgen import LLM, SamplingParams
+from flexgen.devices.sim import SimulatedDevice
 from flexgen.profile.check import MachineCheck
+from flexgen.profile.limits import find_limits
 from flexgen.report.progress import RunReport
-from flexgen.session import planned, prepare
+from flexgen.session import model, planned, prepare
 
 
 @pytest.fixture
@@ -60,3 +63,22 @@ def test_a_plan_looks_at_nothing(looked: list[Path | None], novels_opt: Path, mo
     with LLM(novels_opt, dtype="float32", device="cpu") as llm:
         llm.plan(Workload(prompt_lens=(5,), output_lens=(3,)))
     assert looked == []
+
+
+def test_the_budget_of_a_device_is_that_of_the_process(
+    looked: list[Path | None], novels_opt: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its arenas share what is left beside what belongs to no tensor."""
+    opened: list[tuple[int, int]] = []
+    monkeypatch.setattr(SimulatedDevice, "limit", lambda device, size: opened.append((device.budget_bytes, size)))
+    overhead = 40 << 20
+    monkeypatch.setattr(
+        model, "find_limits", lambda options: dataclasses.replace(find_limits(options), device_overhead_bytes=overhead)
+    )  # fmt: skip
+    with LLM(novels_opt, dtype="float32", device="sim", device_mem="200MiB", host_mem="2GiB") as llm:
+        llm.generate(["It was a dark night"], SamplingParams(temperature=0, max_tokens=3))
+        report = llm.report()
+    assert opened == [((200 << 20) - overhead, 200 << 20)]
+    assert report.forecast["memory_bytes"]["device"]["CUDA context and libraries"] == overhead
+    assert 0 < report.peak_device_bytes <= (200 << 20) - overhead
+    assert report.device_budget_bytes == 200 << 20

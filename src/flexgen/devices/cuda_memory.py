@@ -12,6 +12,7 @@ from flexgen.devices.nvml import nvml, used_bytes
 from flexgen.plan.machine import CUDA_BYTES
 
 LATER_BYTES = 64 * MIB  # for kernels that are loaded after the first products
+LEAST_BYTES = 96 * MIB  # no context with libraries takes less
 
 
 class MemoryCounts(Protocol):
@@ -63,8 +64,10 @@ class CudaMemory:
 
     def __init__(self, counts: MemoryCounts) -> None:
         self._counts = counts
-        before = counts.used() - (0 if counts.sees_before else CUDA_BYTES)  # a context that was there counts as one of the usual size
+        before = counts.used()
         counts.multiply()
+        if not counts.sees_before or counts.used() - before < LEAST_BYTES:
+            before -= CUDA_BYTES  # a context that was there counts as one of the usual size
         self._others_bytes, self.total_bytes = before, counts.free_and_total()[1]
         self.overhead_bytes = max(self.taken_bytes(), 0) + LATER_BYTES
         self._reserved_at_first = counts.reserved()
