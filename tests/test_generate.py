@@ -54,7 +54,7 @@ def test_several_answers(llm: LLM) -> None:
     assert [output.outputs for output in llm.generate(PROMPTS, params)] == [output.outputs for output in several]
 
 
-@pytest.mark.parametrize("broken", ["flexgen.text.stop_strings.StopStrings.__call__", "flexgen.engine.engine.token_logprobs"])
+@pytest.mark.parametrize("broken", ["flexgen.text.stop_strings.StopStrings.__call__", "flexgen.engine.sampling.token_logprobs"])
 def test_an_exception_of_one_request_leaves_its_neighbours(llm: LLM, monkeypatch: pytest.MonkeyPatch, broken: str) -> None:
     """The second asks for a stop string, and for log probabilities."""
     alone = answers(llm, SamplingParams(seed=5, max_tokens=12))

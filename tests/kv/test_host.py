@@ -34,7 +34,9 @@ def started(bench: Bench, pieces: list[Piece]) -> View:
     """The view of a micro-batch that is about to run."""
     for conversation, start, length in pieces:
         assert bench.cache.reserve(conversation.kv, start + length)
-    return bench.place.view([as_slice(piece) for piece in pieces])
+    view = bench.place.view([as_slice(piece) for piece in pieces])
+    view.device_groups = bench.copies.to_device(view.device_groups)
+    return view
 
 
 def attention_of(bench: Bench) -> HostAttention:

@@ -264,12 +264,13 @@ def test_sparse_attention_needs_memory_to_compute_generated_tokens_again(llama_3
 @pytest.mark.parametrize(("num_seqs", "tokens", "wanted"), [(1, 100, 10 * 100 * 4096), (4, 100, 40 * 100 * 4096), (400, 300, 64 * MIB)])
 def test_attention_on_a_device_needs_memory_of_its_own(llama_3b, make_policy, num_seqs, tokens, wanted):
     """A few copies of a layer's keys and values (4,096 bytes a token), or of as many sequences as are attended to at a time."""
-    job = Workload(prompt_lens=(tokens - 10,) * 400, output_lens=(10,) * 400)
+    job, tiny = Workload(prompt_lens=(tokens - 10,) * 400, output_lens=(10,) * 400), dataclasses.replace(llama_3b, vocab_size=1)
     host, device = (
-        activation_bytes(llama_3b, JobSizes(llama_3b, job, 16), make_policy(page_tokens=16, max_num_seqs=num_seqs, device=device))
+        activation_bytes(tiny, JobSizes(tiny, job, 16), make_policy(page_tokens=16, max_num_seqs=num_seqs, device=device))
         for device in ("cpu", "cuda")
     )
-    assert device - host == pytest.approx(FRAGMENTATION * wanted, abs=1)
+    drawn = 10 * num_seqs * 8  # from one logit of each
+    assert device - host == pytest.approx(FRAGMENTATION * (wanted + drawn), abs=1)
 
 
 def test_cuda_itself_is_part_of_the_budget(plan, llama_3b, make_limits, process_bytes):
@@ -327,12 +328,13 @@ def test_prompts_that_are_only_scored_have_no_logits_to_sample_from(llama_3b, ma
 def test_a_device_draws_tokens_from_a_part_of_the_logits_at_a_time(llama_3b, make_policy):
     """Ten tensors of 16 MiB, or of the logits of a smaller batch in float64."""
     job, large = Workload(prompt_lens=(256,) * 64, output_lens=(8,) * 64), dataclasses.replace(llama_3b, vocab_size=1 << 17)
+    attended = {64: 64 * MIB, 4: 10 * 4 * 264 * 4096}
     for num_seqs, at_a_time in ((64, 16 * MIB), (4, 4 * MIB)):
         on_cpu, on_device = (
             activation_bytes(large, JobSizes(large, job, 16), make_policy(device=device, max_num_seqs=num_seqs, page_tokens=16))
             for device in ("cpu", "cuda")
         )
-        assert on_device - on_cpu == pytest.approx(FRAGMENTATION * 10 * at_a_time, abs=1)
+        assert on_device - on_cpu == pytest.approx(FRAGMENTATION * (10 * at_a_time + attended[num_seqs]), abs=1)
 
 
 def test_a_scoring_job_is_planned(plan, llama_3b):
