@@ -205,8 +205,13 @@ def test_formats_are_measured_when_a_model_first_needs_them(counted, tmp_path, m
     assert len(counted) == 1, "the rest is not measured again"
 
 
+def test_every_number_of_rows_is_measured_however_little_time_there_is(small):
+    curve = compute.dense_rates(torch.device("cpu"), torch.float32, 16 * MIB, 0.0)
+    assert [rows for rows, _ in curve] == [16, 64]
+
+
 def test_products_in_int8_are_measured_when_a_model_first_needs_them(small, counted, tmp_path, monkeypatch):
-    monkeypatch.setattr(int8, "PRODUCTS_SECONDS", 0.1)
+    monkeypatch.setattr(int8, "PRODUCTS_SECONDS", 0.0)
     monkeypatch.setattr(int8, "BUSY_SECONDS", 0.01)
     first = cached(tmp_path, quick=False)
     again = cached(tmp_path, quick=False, formats=(int8_name("mxfp4"), int8_name("float16")))

@@ -37,8 +37,8 @@ def dense_rates(where: torch.device, dtype: torch.dtype, max_bytes: int, seconds
             features_out, features_in = shrunken(shape, dtype.itemsize, max_bytes // 3)  # the library may pack it once more
             weight = random_numbers((features_out, features_in), where, dtype)
             for rows in row_counts:
-                if rounds[row_counts[0]] and time.perf_counter() - began > 2 * seconds:
-                    break
+                if rounds[rows] and time.perf_counter() - began > 2 * seconds:
+                    continue
                 if rows * (features_in + features_out) * dtype.itemsize > max_bytes // 3:
                     break
                 x = random_numbers((rows, features_in), where, dtype)

@@ -52,8 +52,8 @@ def _product_rates(products: Int8Products, dtype: torch.dtype, max_bytes: int, s
             weight = _rounded(*shrunken(shape, dtype.itemsize, max_bytes // 4), dtype)
             features_out, features_in = weight.codes.shape
             for rows in compute.DENSE_ROWS:
-                if rounds[compute.DENSE_ROWS[0]] and time.perf_counter() - began > 2 * seconds:
-                    break
+                if rounds[rows] and time.perf_counter() - began > 2 * seconds:
+                    continue
                 if rows * (features_in + features_out) * dtype.itemsize > max_bytes // 4:
                     break
                 x, out = random_numbers((rows, features_in), torch.device("cpu"), dtype), torch.empty(rows, features_out, dtype=dtype)
