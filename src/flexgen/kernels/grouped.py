@@ -89,7 +89,12 @@ def sorted_pairs(experts: Tensor, num_experts: int) -> SortedPairs:
         experts: The chosen experts, int64 (R, k).  Those outside of 0 to num_experts - 1 belong to no expert.
         num_experts: The number of experts.
     """
-    found, order = experts.reshape(-1).sort(stable=True)
+    order, offsets = sorted_by_expert(experts, num_experts)
     places = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-    offsets = torch.searchsorted(found, torch.arange(num_experts + 1, dtype=found.dtype, device=order.device))
     return SortedPairs(order=order, places=places, offsets=offsets)
+
+
+def sorted_by_expert(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """Return `order` and `offsets` of `SortedPairs`; the arguments are those of `sorted_pairs`."""
+    found, order = experts.reshape(-1).sort(stable=True)
+    return order, torch.searchsorted(found, torch.arange(num_experts + 1, dtype=found.dtype, device=order.device))

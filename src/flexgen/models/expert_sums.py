@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from flexgen.kernels.grouped import GroupedKernels, Window, sorted_pairs
+from flexgen.kernels.grouped import GroupedKernels, Window, sorted_by_expert, sorted_pairs
 
 WINDOW_BYTES = 128 << 20  # of the first product of the pairs that are computed at once
 
@@ -77,8 +77,8 @@ class ListedRows:
 
     def __init__(self, layer: ExpertLayer, x: Tensor, experts: Tensor, weights: Tensor | None) -> None:
         self._layer, self._x, self._total = layer, x, torch.zeros_like(x)
-        found, order = experts.reshape(-1).sort(stable=True)
-        ends = torch.searchsorted(found, torch.arange(1, layer.num_experts + 1, dtype=found.dtype, device=found.device)).tolist()
+        order, offsets = sorted_by_expert(experts, layer.num_experts)
+        ends = offsets[1:].tolist()
         self._rows = (order // experts.shape[1]).tensor_split(ends)  # of each expert, and of none
         self._weights = None if weights is None else weights.reshape(-1, 1)[order].tensor_split(ends)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -27,24 +28,57 @@ LAUNCHES = 200  # fewer than a device's queue holds, so that launching them wait
 HEAD_DIM, PAGE_TOKENS, STEP_TOKENS = 128, 16, 512
 
 
+class LinearLayer(NamedTuple):
+    """A linear layer that is measured.
+
+    Attributes:
+        row_bytes: The bytes of a row of inputs and of its outputs.
+        rate: A function that measures the FLOP/s of so many rows, in so many seconds.
+    """
+
+    row_bytes: int
+    rate: Callable[[int, float], float]
+
+
 def dense_rates(where: torch.device, dtype: torch.dtype, max_bytes: int, seconds: float) -> Curve:
     """Measure linear layers: (rows, FLOP/s), over shapes and rounds."""
-    row_counts = DENSE_ROWS if where.type == "cpu" else (*DENSE_ROWS, *DEVICE_ROWS)
+    most = max_bytes // 3  # the library may pack weights once more
+
+    def make(shape: tuple[int, int]) -> LinearLayer:
+        features_out, features_in = shrunken(shape, dtype.itemsize, most)
+        weight = random_numbers((features_out, features_in), where, dtype)
+
+        def rate(rows: int, seconds: float) -> float:
+            x = random_numbers((rows, features_in), where, dtype)
+            run, calls = queued(lambda: torch.nn.functional.linear(x, weight), where, rows)
+            return 2 * rows * features_in * features_out * calls / median_seconds(run, seconds)
+
+        return LinearLayer((features_in + features_out) * dtype.itemsize, rate)
+
+    return rates_by_rows(make, DENSE_ROWS if where.type == "cpu" else (*DENSE_ROWS, *DEVICE_ROWS), most, seconds)
+
+
+def rates_by_rows(make: Callable[[tuple[int, int]], LinearLayer], row_counts: Sequence[int], most_bytes: int, seconds: float) -> Curve:
+    """Measure linear layers for several numbers of rows, each at least once if it fits: (rows, FLOP/s), over DENSE_SHAPES and rounds.
+
+    Args:
+        make: A function that makes a layer of (out features, in features), of which one is held at a time.
+        row_counts: The numbers of rows, ascending.
+        most_bytes: The most bytes of inputs and outputs.
+        seconds: About how long it may take.
+    """
     rounds: dict[int, list[float]] = {rows: [] for rows in row_counts}
     began = time.perf_counter()
     while not rounds[row_counts[0]] or time.perf_counter() - began < seconds / 2:  # the next round takes as long as those before
         for shape in DENSE_SHAPES:
-            features_out, features_in = shrunken(shape, dtype.itemsize, max_bytes // 3)  # the library may pack it once more
-            weight = random_numbers((features_out, features_in), where, dtype)
+            layer = make(shape)
             for rows in row_counts:
                 if rounds[rows] and time.perf_counter() - began > 2 * seconds:
                     continue
-                if rows * (features_in + features_out) * dtype.itemsize > max_bytes // 3:
+                if rows * layer.row_bytes > most_bytes:
                     break
-                x = random_numbers((rows, features_in), where, dtype)
-                run, calls = queued(lambda x=x, weight=weight: torch.nn.functional.linear(x, weight), where, rows)
-                rounds[rows].append(2 * rows * features_in * features_out * calls / median_seconds(run, seconds / 15))
-            del weight
+                rounds[rows].append(layer.rate(rows, seconds / 15))
+            del layer
     return tuple((float(rows), Rate.of(rates)) for rows, rates in rounds.items() if rates)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 
 import torch
 
@@ -12,7 +11,7 @@ from flexgen.kernels.int8.products import Int8Products, RoundedRows, round_rows,
 from flexgen.kernels.threads import KernelThreads
 from flexgen.plan.machine import Curve, Machine, Rate, int8_name
 from flexgen.profile import compute
-from flexgen.profile.compute import keep_busy, random_numbers, shrunken
+from flexgen.profile.compute import LinearLayer, keep_busy, random_numbers, rates_by_rows, shrunken
 from flexgen.profile.timing import measured_rate, median_seconds
 
 PRODUCTS_SECONDS, ROUNDING_SECONDS, BUSY_SECONDS = 3.5, 0.4, 10.0
@@ -45,24 +44,20 @@ def with_int8(machine: Machine, dtype: str, max_bytes: int, *, quick: bool) -> M
 
 def _product_rates(products: Int8Products, dtype: torch.dtype, max_bytes: int, seconds: float) -> Curve:
     """Measure linear layers: (rows, FLOP/s), over shapes and rounds."""
-    rounds: dict[int, list[float]] = {rows: [] for rows in compute.DENSE_ROWS}
-    began = time.perf_counter()
-    while not rounds[compute.DENSE_ROWS[0]] or time.perf_counter() - began < seconds / 2:
-        for shape in compute.DENSE_SHAPES:
-            weight = _rounded(*shrunken(shape, dtype.itemsize, max_bytes // 4), dtype)
-            features_out, features_in = weight.codes.shape
-            for rows in compute.DENSE_ROWS:
-                if rounds[rows] and time.perf_counter() - began > 2 * seconds:
-                    continue
-                if rows * (features_in + features_out) * dtype.itemsize > max_bytes // 4:
-                    break
-                x, out = random_numbers((rows, features_in), torch.device("cpu"), dtype), torch.empty(rows, features_out, dtype=dtype)
-                taken = median_seconds(
-                    lambda x=x, out=out, weight=weight: products.write(products.rounded(x), weight, None, out), seconds / 15
-                )
-                rounds[rows].append(2 * rows * features_in * features_out / taken)
-            del weight
-    return tuple((float(rows), Rate.of(rates)) for rows, rates in rounds.items() if rates)
+    most = max_bytes // 4
+
+    def make(shape: tuple[int, int]) -> LinearLayer:
+        weight = _rounded(*shrunken(shape, dtype.itemsize, most), dtype)
+        features_out, features_in = weight.codes.shape
+
+        def rate(rows: int, seconds: float) -> float:
+            x, out = random_numbers((rows, features_in), torch.device("cpu"), dtype), torch.empty(rows, features_out, dtype=dtype)
+            taken = median_seconds(lambda: products.write(products.rounded(x), weight, None, out), seconds)
+            return 2 * rows * features_in * features_out / taken
+
+        return LinearLayer((features_in + features_out) * dtype.itemsize, rate)
+
+    return rates_by_rows(make, compute.DENSE_ROWS, most, seconds)
 
 
 def _rounded(rows: int, columns: int, dtype: torch.dtype) -> RoundedRows:
