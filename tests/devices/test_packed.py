@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import pytest
 import torch
 
 from flexgen.devices.packed import PackedCopies
-from flexgen.devices.sim import SimulatedDevice
 from flexgen.devices.staging import Staging
+from tests.devices.counting import CountingDevice
+from tests.devices.counting import device as device  # a fixture
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,26 +27,6 @@ class Outer:
     sizes: tuple[int, ...] = (1, 2)
 
 
-class CountingDevice(SimulatedDevice):
-    """Counts the copies to the device."""
-
-    def __init__(self) -> None:
-        super().__init__(1 << 20, max_delay_seconds=0.0001)
-        self.num_copies = 0
-
-    def copy_in_urgently(self, *args: Any, **how: Any) -> Any:
-        self.num_copies += 1
-        return super().copy_in_urgently(*args, **how)
-
-
-@pytest.fixture
-def device() -> Iterator[CountingDevice]:
-    device = CountingDevice()
-    with torch.no_grad():
-        yield device
-    device.close()
-
-
 def a_value() -> list[Any]:
     outer = Outer(
         parts=(Inner(numbers=torch.arange(7, dtype=torch.uint8)), Inner(numbers=torch.ones(3, 5, dtype=torch.float64).T)),
@@ -59,7 +38,7 @@ def a_value() -> list[Any]:
 def test_one_copy_brings_all_tensors_of_a_value(device: CountingDevice) -> None:
     value, before = a_value(), device.synchronisations
     (outer, empty, (flags, nothing)) = PackedCopies(Staging(device)).to_device(value)
-    assert (device.num_copies, device.synchronisations) == (1, before)
+    assert (device.num_in, device.synchronisations) == (1, before)
     assert (outer.pair[1:], outer.parts[0].name, nothing) == ((8, 9), "inner", None)
     assert outer.sizes is value[0].sizes, "what holds no tensor stays as it is"
     found = [outer.parts[0].numbers, outer.parts[1].numbers, outer.pair[0], empty, flags]
@@ -78,7 +57,7 @@ def test_the_value_itself_is_not_changed(device: CountingDevice) -> None:
 def test_a_value_without_tensors_costs_no_copy(device: CountingDevice) -> None:
     assert PackedCopies(Staging(device)).to_device((1, "two", [])) == (1, "two", [])
     (empty,) = PackedCopies(Staging(device)).to_device([torch.empty(0)])
-    assert (empty.device, device.num_copies) == (device.device, 0)
+    assert (empty.device, device.num_in) == (device.device, 0)
 
 
 def test_results_come_back_in_one_copy(device: CountingDevice) -> None:

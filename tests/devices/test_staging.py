@@ -8,19 +8,19 @@ import pytest
 import torch
 
 from flexgen.devices.base import Event
-from flexgen.devices.sim import SimEvent, SimulatedDevice
+from flexgen.devices.sim import SimEvent
 from flexgen.devices.staging import Staging
+from tests.devices.counting import CountingDevice
 
 ARENA = 1 << 16
 
 
-class CountingDevice(SimulatedDevice):
-    """Counts the memory that it gives out, and refuses what waits for computing."""
+class WatchedDevice(CountingDevice):
+    """Knows the memory that it gives out, and refuses what waits for computing."""
 
     def __init__(self) -> None:
-        super().__init__(1 << 20, max_delay_seconds=0.0001)
+        super().__init__()
         self.given: list[torch.Tensor] = []
-        self.num_urgent = self.num_out = 0
 
     def allocate_host(self, size_bytes: int) -> torch.Tensor:
         self.given.append(super().allocate_host(size_bytes))
@@ -32,23 +32,15 @@ class CountingDevice(SimulatedDevice):
     def copy_in(self, destination: torch.Tensor, source: torch.Tensor, after: Event | None = None) -> SimEvent:
         raise AssertionError("a bulk copy, which may wait for a marker of computing")
 
-    def copy_in_urgently(self, destination: torch.Tensor, source: torch.Tensor) -> SimEvent:
-        self.num_urgent += 1
-        return super().copy_in_urgently(destination, source)
-
-    def copy_out(self, destination: torch.Tensor, source: torch.Tensor) -> SimEvent:
-        self.num_out += 1
-        return super().copy_out(destination, source)
-
 
 @pytest.fixture
-def device() -> Iterator[CountingDevice]:
-    device = CountingDevice()
+def device() -> Iterator[WatchedDevice]:
+    device = WatchedDevice()
     yield device
     device.close()
 
 
-def test_copies_pass_through_memory_of_the_device_again_and_again(device: CountingDevice) -> None:
+def test_copies_pass_through_memory_of_the_device_again_and_again(device: WatchedDevice) -> None:
     staging = Staging(device, ARENA, ARENA)
     for seed in range(20):
         torch.manual_seed(seed)
@@ -58,11 +50,11 @@ def test_copies_pass_through_memory_of_the_device_again_and_again(device: Counti
             assert all(device.gave(copy) for copy in copies if copy.numel())
         taken = staging.to_device(*sources).take()
         assert all(torch.equal(copy.cpu(), source) for copy, source in zip(taken, sources, strict=True))
-    assert (device.num_out, device.num_urgent) == (20, 20), "tensors cross together, and no copy takes a marker"
+    assert (device.num_out, device.num_in) == (20, 20), "tensors cross together, and no copy takes a marker"
     assert (len(device.given), device.used_bytes) == (1, ARENA), "the memory that it began with was enough"
 
 
-def test_sources_may_change_at_once(device: CountingDevice) -> None:
+def test_sources_may_change_at_once(device: WatchedDevice) -> None:
     staging, source = Staging(device, ARENA), torch.zeros(9)
     copies = []
     for number in range(5):
@@ -70,14 +62,14 @@ def test_sources_may_change_at_once(device: CountingDevice) -> None:
     assert [each.take()[0].tolist() for each in copies] == [[number] * 9 for number in range(5)]
 
 
-def test_what_was_taken_stays_when_slots_are_used_again(device: CountingDevice) -> None:
+def test_what_was_taken_stays_when_slots_are_used_again(device: WatchedDevice) -> None:
     staging = Staging(device, 1024)
     taken = [staging.to_device(torch.full((100,), float(number))).take()[0] for number in range(30)]
     assert [each.sum().item() for each in taken] == [100.0 * number for number in range(30)]
     assert device.used_bytes == 1024
 
 
-def test_taking_does_not_wait_for_the_device(device: CountingDevice) -> None:
+def test_taking_does_not_wait_for_the_device(device: WatchedDevice) -> None:
     staging, before = Staging(device, ARENA), device.synchronisations
     for _ in range(20):
         staging.to_device(torch.ones(100)).take()
@@ -85,7 +77,7 @@ def test_taking_does_not_wait_for_the_device(device: CountingDevice) -> None:
     assert device.synchronisations == before
 
 
-def test_copies_that_wait_together_share_no_memory(device: CountingDevice) -> None:
+def test_copies_that_wait_together_share_no_memory(device: WatchedDevice) -> None:
     staging = Staging(device)
     waiting = [staging.to_host(torch.full((9000,), float(number), device=device.device)) for number in range(5)]
     for number, copies in enumerate(waiting):

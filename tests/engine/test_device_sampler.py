@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,13 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flexgen.devices.packed import PackedCopies
-from flexgen.devices.sim import SimulatedDevice
 from flexgen.devices.staging import Staging
 from flexgen.engine.device_sampler import start_sampling
 from flexgen.engine.sampler import Sampled
 from flexgen.engine.sampling import Sampler
 from flexgen.errors import RequestError
 from flexgen.request import TokenRequest
+from tests.devices.counting import CountingDevice
+from tests.devices.counting import device as device  # a fixture
 from tests.engine.test_sampler import GREEDY, VOCAB, any_request, asks, random_logits
 
 HOST = PackedCopies(Staging(None))
@@ -189,34 +190,6 @@ def test_an_exception_is_the_row_s_error() -> None:
 
 
 # -- on the simulated device --------------------------------------------------------------------------------------------------------------
-
-
-class CountingDevice(SimulatedDevice):
-    """Counts copies, and how often the host waits for one that comes from the device."""
-
-    def __init__(self, budget_bytes: int = 1 << 20) -> None:
-        super().__init__(budget_bytes, max_delay_seconds=0.0001)
-        self.num_in = self.num_out = self.num_waits = 0
-
-    def copy_in_urgently(self, *args: Any, **how: Any) -> Any:
-        self.num_in += 1
-        return super().copy_in_urgently(*args, **how)
-
-    def copy_out(self, *args: Any, **how: Any) -> Any:
-        self.num_out += 1
-        return super().copy_out(*args, **how)
-
-    def finish(self, event: Any) -> None:
-        self.num_waits += event.stream is self._out
-        super().finish(event)
-
-
-@pytest.fixture
-def device() -> Iterator[CountingDevice]:
-    device = CountingDevice()
-    with torch.no_grad():
-        yield device
-    device.close()
 
 
 def test_the_host_waits_once_for_a_batch(device: CountingDevice) -> None:

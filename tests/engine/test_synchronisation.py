@@ -12,7 +12,8 @@ from flexgen.engine.engine import Engine
 from flexgen.passes.plan import PassPlan
 from flexgen.plan.policy import Fractions
 from flexgen.request import TokenRequest, TokenResult
-from tests.engine.test_device_sampler import CountingDevice, mixed
+from tests.devices.counting import CountingDevice
+from tests.engine.test_device_sampler import mixed
 from tests.models.parity import build, describe, policy, save
 from tests.models.tiny_configs import tiny_config
 

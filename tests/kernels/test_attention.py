@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -195,6 +196,24 @@ ALL_DTYPES = pytest.mark.parametrize(
 )
 HEADS = pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (5, 1), (8, 2), (12, 2), (14, 2), (8, 1), (22, 1)])
 DIMS = pytest.mark.parametrize(("key_dim", "value_dim"), [(64, 64), (80, 80), (128, 128), (192, 128), (16, 16), (20, 12), (100, 100)])
+
+
+def anything(seed: int, dtypes: list[torch.dtype]) -> tuple[Random, dict[str, Any]]:
+    """Return random shapes, and how scores are made."""
+    chance = Random(seed)
+    kv_heads = chance.randint(1, 3)
+    return chance, {
+        "heads": kv_heads * chance.choice([1, 2, 3, 7]),
+        "kv_heads": kv_heads,
+        "key_dim": chance.choice([5, 16, 40, 64]),
+        "value_dim": chance.choice([7, 16, 33, 64]),
+        "dtype": chance.choice(dtypes),
+        "softcap": chance.choice([None, None, 0.7, 20.0]),
+        "sinks": chance.random() < 0.5,
+        "seed": seed,
+    }
+
+
 RAGGED = [1, 2, 31, 32, 33, 64, 65, 100, 200]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,7 +16,7 @@ from flexgen.kernels.codes import SealedPages
 from flexgen.kernels.gathered import GatheredKernels
 from flexgen.kernels.reference import AttentionKernels
 from tests.kernels import test_attention, test_sealed, test_sealed_latents
-from tests.kernels.test_attention import check_decode, check_latent, check_prefill, chunked, make_pool, make_sequences, windowed
+from tests.kernels.test_attention import anything, check_decode, check_latent, check_prefill, chunked, make_pool, make_sequences, windowed
 from tests.kernels.test_sealed import CODES, PAGE, RAGGED, noise
 
 WIDE = [torch.float32, torch.float64]
@@ -38,26 +37,10 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     return GatheredKernels()
 
 
-def anything(seed: int) -> tuple[random.Random, dict[str, Any]]:
-    """Return random shapes, and how scores are made."""
-    chance = random.Random(seed)
-    kv_heads = chance.randint(1, 3)
-    return chance, {
-        "heads": kv_heads * chance.choice([1, 2, 3, 7]),
-        "kv_heads": kv_heads,
-        "key_dim": chance.choice([5, 16, 40, 64]),
-        "value_dim": chance.choice([7, 16, 33, 64]),
-        "dtype": chance.choice(WIDE),
-        "softcap": chance.choice([None, None, 0.7, 20.0]),
-        "sinks": chance.random() < 0.5,
-        "seed": seed,
-    }
-
-
 class TestDecode:
     @pytest.mark.parametrize("seed", range(24))
     def test_anything(self, kernels: AttentionKernels, seed: int) -> None:
-        chance, how = anything(seed)
+        chance, how = anything(seed, WIDE)
         lengths = [chance.randint(1, 90) for _ in range(chance.randint(1, 5))]
         starts = [chance.choice([-3, 0, chance.randint(0, length - 1)]) for length in lengths]
         check_decode(kernels, lengths, starts, page_tokens=chance.choice([2, 12, 16, 16, 32, 128]), **how)
@@ -135,22 +118,7 @@ class TestSealedDecode:
 
     @pytest.mark.parametrize("seed", range(16))
     def test_anything(self, kernels: AttentionKernels, seed: int) -> None:
-        chance = random.Random(seed)
-        lengths, kv_heads = [chance.randint(1, 100) for _ in range(chance.randint(1, 3))], chance.randint(1, 2)
-        test_sealed.check_decode(
-            kernels,
-            lengths,
-            [chance.choice([-2, 0, chance.randint(0, length - 1)]) for length in lengths],
-            heads=kv_heads * chance.choice([1, 3, 5]),
-            kv_heads=kv_heads,
-            key_dim=chance.choice([1, 7, 32, 40, 63, 64]),
-            value_dim=chance.choice([2, 17, 32, 49, 64]),
-            name=chance.choice(list(CODES)),
-            dtype=chance.choice([torch.float16, torch.float32]),
-            softcap=chance.choice([None, 5.0]),
-            sinks=chance.random() < 0.5,
-            seed=seed,
-        )
+        test_sealed.check_anything(kernels, seed, [torch.float16, torch.float32])
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
     def test_latents(self, kernels: AttentionKernels, dtype: torch.dtype) -> None:
@@ -169,7 +137,7 @@ class TestSealedDecode:
 class TestPrefill:
     @pytest.mark.parametrize("seed", range(16))
     def test_anything(self, kernels: AttentionKernels, seed: int) -> None:
-        chance, how = anything(seed)
+        chance, how = anything(seed, WIDE)
         num_queries = chance.choice([1, 3, 16, 17, 64, 65])
         num_positions = num_queries + chance.choice([0, 1, 40])
         window = chance.choice([200, 1, 7, 33])

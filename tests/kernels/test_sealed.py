@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -219,6 +220,26 @@ def check_decode(kernels: AttentionKernels, lengths: list[int], starts: list[int
     for row, (start, (key, value)) in enumerate(zip(starts, stored.seen, strict=True)):
         seen = slice(max(start, 0), None)
         assert_close(out[row], dense(query[row], key[seen], value[seen], scaling, softcap, sinks), value)
+
+
+def check_anything(kernels: AttentionKernels, seed: int, dtypes: list[torch.dtype]) -> None:
+    """Check random shapes, lengths and formats."""
+    chance = random.Random(seed)
+    lengths, kv_heads = [chance.randint(1, 100) for _ in range(chance.randint(1, 3))], chance.randint(1, 2)
+    check_decode(
+        kernels,
+        lengths,
+        [chance.choice([-2, 0, chance.randint(0, length - 1)]) for length in lengths],
+        heads=kv_heads * chance.choice([1, 3, 5]),
+        kv_heads=kv_heads,
+        key_dim=chance.choice([1, 7, 32, 40, 63, 64]),
+        value_dim=chance.choice([2, 17, 32, 49, 64]),
+        name=chance.choice(list(CODES)),
+        dtype=chance.choice(dtypes),
+        softcap=chance.choice([None, 5.0]),
+        sinks=chance.random() < 0.5,
+        seed=seed,
+    )
 
 
 RAGGED = [1, 2, 15, 16, 17, 32, 33, 100, 200]

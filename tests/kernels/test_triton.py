@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from typing import Any
 
 import pytest
@@ -10,7 +9,7 @@ import torch
 
 from flexgen.errors import EngineError
 from flexgen.kernels.reference import AttentionKernels
-from tests.kernels.test_attention import check_decode, check_prefill
+from tests.kernels.test_attention import anything, check_decode, check_prefill
 from tests.kernels.test_paged_prompts import TestPagedPrompts as TestPagedPrompts
 from tests.kernels.triton_kernels import DTYPES, ON_GPU
 from tests.kernels.triton_kernels import kernels as kernels  # a fixture
@@ -19,26 +18,10 @@ pytestmark = ON_GPU
 SMALL: dict[str, Any] = {"heads": 2, "kv_heads": 1, "key_dim": 16, "value_dim": 16, "page_tokens": 16}
 
 
-def anything(seed: int) -> tuple[random.Random, dict[str, Any]]:
-    """Return random shapes, and how scores are made."""
-    chance = random.Random(seed)
-    kv_heads = chance.randint(1, 3)
-    return chance, {
-        "heads": kv_heads * chance.choice([1, 2, 3, 7]),
-        "kv_heads": kv_heads,
-        "key_dim": chance.choice([5, 16, 40, 64]),
-        "value_dim": chance.choice([7, 16, 33, 64]),
-        "dtype": chance.choice(DTYPES),
-        "softcap": chance.choice([None, None, 0.7, 20.0]),
-        "sinks": chance.random() < 0.5,
-        "seed": seed,
-    }
-
-
 class TestDecode:
     @pytest.mark.parametrize("seed", range(24))
     def test_anything(self, kernels: AttentionKernels, seed: int) -> None:
-        chance, how = anything(seed)
+        chance, how = anything(seed, DTYPES)
         lengths = [chance.randint(1, 90) for _ in range(chance.randint(1, 4))]
         starts = [chance.choice([-3, 0, chance.randint(0, length - 1)]) for length in lengths]
         check_decode(kernels, lengths, starts, page_tokens=chance.choice([2, 12, 16, 16, 32, 128]), **how)
@@ -110,7 +93,7 @@ class TestDecode:
 class TestPrefill:
     @pytest.mark.parametrize("seed", range(16))
     def test_anything(self, kernels: AttentionKernels, seed: int) -> None:
-        chance, how = anything(seed)
+        chance, how = anything(seed, DTYPES)
         num_queries = chance.choice([1, 3, 16, 17, 64, 65, 100])
         num_positions = num_queries + chance.choice([0, 1, 40])
         window = chance.choice([200, 1, 7, 33])

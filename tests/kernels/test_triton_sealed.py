@@ -39,22 +39,7 @@ class TestSealedDecode:
 
     @pytest.mark.parametrize("seed", range(24))
     def test_anything(self, kernels: AttentionKernels, seed: int) -> None:
-        chance = random.Random(seed)
-        lengths, kv_heads = [chance.randint(1, 100) for _ in range(chance.randint(1, 3))], chance.randint(1, 2)
-        test_sealed.check_decode(
-            kernels,
-            lengths,
-            [chance.choice([-2, 0, chance.randint(0, length - 1)]) for length in lengths],
-            heads=kv_heads * chance.choice([1, 3, 5]),
-            kv_heads=kv_heads,
-            key_dim=chance.choice([1, 7, 32, 40, 63, 64]),
-            value_dim=chance.choice([2, 17, 32, 49, 64]),
-            name=chance.choice(list(CODES)),
-            dtype=chance.choice(DTYPES),
-            softcap=chance.choice([None, 5.0]),
-            sinks=chance.random() < 0.5,
-            seed=seed,
-        )
+        test_sealed.check_anything(kernels, seed, DTYPES)
 
     def test_float64_and_long_heads_are_the_references(self, kernels: AttentionKernels) -> None:
         test_sealed.check_decode(kernels, [40, 3], [0, 0], dtype=torch.float64)
