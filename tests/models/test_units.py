@@ -11,10 +11,10 @@ import torch
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from flexgen.checkpoint.meta import LOOSEST_LIMITS
+from flexgen.models.cuts import cut_units, streamed_uses
 from flexgen.models.parts import ParameterUse, Part
 from flexgen.models.skeleton import build_skeleton
 from flexgen.models.tracing import ModelTrace, trace_model
-from flexgen.models.units import cut_units, streamed_uses
 from tests.models.tiny_configs import tiny_config
 
 UNIT_BYTES = 12_000

@@ -9,7 +9,7 @@ from plan.instances import TIERS, instance_of
 from flexgen.base.quantities import GIB
 from flexgen.plan.play.simulate import simulate
 from flexgen.plan.price.requests import kv_room
-from flexgen.plan.search.drafts import pool_fractions
+from flexgen.plan.search.kv_pools import pool_fractions
 from flexgen.plan.search.point import Point
 
 

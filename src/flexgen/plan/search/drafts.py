@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from flexgen.base.quantities import align_up
-from flexgen.options import TIERS, WEIGHT_HOMES
+from flexgen.options import WEIGHT_HOMES
 from flexgen.plan.machine import Limits, Machine, has_device_tier
 from flexgen.plan.model import ModelSpec
 from flexgen.plan.policy import PAGE_TOKENS, Fractions, Policy
@@ -186,40 +186,3 @@ class WeightSizes:
         """Return the largest share of the weights that the device can hold."""
         whole = self.by_home.get("device", 0)
         return min(max(room["device"], 0) / max(whole, 1), 1.0) if "device" in self.by_home else 0.0
-
-
-def kv_pools(free: dict[str, int], disk_bytes: int, kv_homes: float, kv_disk: float, *, staged: float = 0.0) -> dict[str, int]:
-    """Return the pool bytes per tier.
-
-    Args:
-        free: The bytes of memory left per tier.
-        disk_bytes: The bytes available on disk.
-        kv_homes: 0 takes the device, 1 the host, 0.5 all of both; values in between take all of one and a part of the other.
-        kv_disk: The disk's share of all KV.
-        staged: The host bytes of staging that a byte on disk takes.
-    """
-    device = int(max(free["device"], 0) * min(2 - 2 * kv_homes, 1.0))
-    room = max(free["host"], 0)
-    host = int(room * min(2 * kv_homes, 1.0)) if free["device"] > 0 else room
-    most = min(disk_bytes, int(room / staged) if staged else disk_bytes)
-    if kv_disk >= 1:
-        return {"device": 0, "host": 0, "disk": most}
-    # Each byte in memory entails `ratio` bytes on disk, and these need staging on the host.
-    ratio = kv_disk / (1 - kv_disk)
-    host = min(host, int(max(room - staged * ratio * device, 0) / (1 + staged * ratio)))
-    return {"device": device, "host": host, "disk": min(int((device + host) * ratio), most)}
-
-
-def first_of(pools: dict[str, int], enough: int) -> dict[str, int]:
-    """Cut pools to `enough` bytes together; the fastest tiers keep their bytes."""
-    kept: dict[str, int] = {}
-    for tier in TIERS:
-        kept[tier] = min(pools[tier], enough)
-        enough -= kept[tier]
-    return kept
-
-
-def pool_fractions(pools: dict[str, int]) -> Fractions:
-    """Return the shares of all KV bytes that pools of these sizes hold."""
-    total = max(sum(pools.values()), 1)
-    return Fractions(**{tier: size / total for tier, size in pools.items()})

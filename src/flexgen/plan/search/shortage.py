@@ -66,7 +66,7 @@ def _needs(space: Space, weights: Fractions, homes: Fractions) -> dict[str, dict
     kv = {tier: math.ceil(space.sizes.smallest * getattr(homes, tier) / largest) + ROUNDING_BYTES for tier in TIERS}
     needs = {tier: dict(parts) for tier, parts in space.drafts.used(draft).items()}
     on_disk = kv["disk"] if homes.disk else 0
-    needs["host"]["KV staging"] += math.ceil(space.staged * on_disk)
+    needs["host"]["KV staging"] += math.ceil(space.pools.staged * on_disk)
     on_disk = math.ceil(on_disk * space.spec.disk_kv_growth)
     if space.limits.offload_in_memory:
         needs["host"]["KV in a memory file system"] = on_disk

@@ -9,7 +9,6 @@ import copy
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
 
 from flexgen.base.option_values import parse_placement
 from flexgen.errors import OptionError
@@ -21,7 +20,8 @@ from flexgen.plan.price.copies import with_copies
 from flexgen.plan.price.memory import PlacedWeights
 from flexgen.plan.price.requests import JobSizes
 from flexgen.plan.price.weights import active_share, can_stay_encoded
-from flexgen.plan.search.drafts import Drafts, WeightSizes, first_of, kv_pools, pool_fractions
+from flexgen.plan.search.drafts import Drafts, WeightSizes
+from flexgen.plan.search.kv_pools import KVHomes, KVPools
 from flexgen.plan.search.point import AXES, Point
 from flexgen.plan.search.steady import FreeMemory
 from flexgen.plan.workload import Workload
@@ -30,14 +30,6 @@ from flexgen.plan.workload import Workload
 SEQUENCE_SLACK = 1.15
 # A smaller share of KV on disk is not worth an offload folder.
 LEAST_SPILL = 0.05
-
-
-class _KVHomes(NamedTuple):
-    """Where KV lives: in memory according to a point's `kv_homes`, and the share on disk."""
-
-    memory: float
-    disk: float
-
 
 # The most tokens of a micro-batch, unless pinned.
 MAX_MICRO_BATCH_TOKENS = 16384
@@ -82,12 +74,6 @@ class Space:
             spec, machine, limits, self.sizes, self.placed, dtype=self.dtype, process_bytes=process_bytes, kv=self.kv,
             num_seqs=options.max_num_seqs or 1,
         )  # fmt: skip
-        # Pools are searched in bytes of KV; only policies and budgets count what pads pages on disk.
-        # Staging holds two layers of all KV on disk (one that is attended to, one on its way), and a page per sequence.
-        layer = max((group.disk_bytes_per_token for group in spec.kv_groups), default=0)
-        self._read_ahead = 2 * layer / max(spec.kv_bytes_per_token, 1)
-        self._tails = PAGE_TOKENS * spec.exact_kv_bytes_per_token / self.sizes.mean
-        self.staged = self._read_ahead + self._tails
         self._take_limits(limits)
 
     def _take_limits(self, limits: Limits) -> None:
@@ -97,6 +83,7 @@ class Space:
         self.disk_bytes = limits.disk_bytes if "disk" in allowed and not limits.offload_in_memory else 0
         exists = {"device": not self.on_cpu, "host": True, "disk": self.disk_bytes > 0}
         self.kv_tiers = tuple(tier for tier in TIERS if tier in allowed and exists[tier])
+        self.pools = KVPools(self.spec, self.sizes, limits, self.disk_bytes, self.kv)
 
     def micro_batches(self) -> list[int]:
         """Return the sizes of micro-batches to choose from.
@@ -146,7 +133,7 @@ class Space:
 
     def policy(self, point: Point) -> Policy | None:
         """Return the policy of a point, or None where it does not fit."""
-        kv = _KVHomes(point.kv_homes, 0.0 if point.kv_disk < LEAST_SPILL else point.kv_disk)
+        kv = KVHomes(point.kv_homes, 0.0 if point.kv_disk < LEAST_SPILL else point.kv_disk)
         spills = kv.disk > 0 or (self.kv is not None and self.kv.disk > 0)
         bare = self._bare(point, spills=spills)
         weights = self.weights or self._place(bare, point)
@@ -159,45 +146,40 @@ class Space:
             draft = resident if self._holds_largest(resident, kv) else draft
         max_num_seqs = self.options.max_num_seqs or max(round(point.cap * self._num_seqs_fed(draft, kv)), 1)
         left = self._left(draft, self.drafts.free(draft), max_num_seqs)
-        pools = self._pools(left, kv, max_num_seqs)
+        pools = self.pools.sized(left, kv, max_num_seqs)
         if min(left.values()) < 0 or max(pools.values()) < self.sizes.smallest:
             return None
-        found = {f"kv_{tier}_bytes": size for tier, size in pools.items()}
-        found["kv_disk_bytes"] = int(pools["disk"] * self.spec.disk_kv_growth)
-        found["kv_staging_bytes"] = draft.kv_staging_bytes + int(self._read_ahead * pools["disk"])
-        found["kv_tail_bytes"] = min(draft.kv_tail_bytes + int(self._tails * pools["disk"]), draft.kv_tail_bytes * max_num_seqs)
-        found["longest_sequence"] = self.sizes.longest
-        if self.options.prefill_tokens is None:
-            found["prefill_tokens"] = min(draft.prefill_tokens, max_num_seqs * self.sizes.longest_prompt)
-        chosen = dataclasses.replace(self.drafts.for_seqs(draft, max_num_seqs), kv=self.kv or pool_fractions(pools), **found)
+        chosen = self.pools.given_to(self.drafts.for_seqs(draft, max_num_seqs), pools, max_num_seqs)
+        quota = self.options.prefill_tokens or min(draft.prefill_tokens, max_num_seqs * self.sizes.longest_prompt)
+        chosen = dataclasses.replace(chosen, longest_sequence=self.sizes.longest, prefill_tokens=quota)
         return with_copies(chosen, self.spec, self.sizes)
 
-    def _with_quota(self, draft: Policy, kv: _KVHomes, quota: float, *, spills: bool) -> Policy:
+    def _with_quota(self, draft: Policy, kv: KVHomes, quota: float, *, spills: bool) -> Policy:
         """Return the draft with that share of prompt tokens per pass, or with the most that leaves room for the KV of one request."""
 
         def admitting(tokens: int) -> Policy:
             return self.drafts.draft(draft.weights, draft.schedule, draft.micro_batch_tokens, tokens, spills=spills)
 
-        wanted = self.sizes.quota(sum(self._pools(self.drafts.free(draft), kv).values()), quota)
+        wanted = self.sizes.quota(sum(self.pools.sized(self.drafts.free(draft), kv).values()), quota)
         if self._holds_largest(admitting(wanted), kv):
             return admitting(wanted)
         return admitting(_largest(wanted, lambda tokens: self._holds_largest(admitting(tokens), kv)))
 
-    def _holds_largest(self, draft: Policy, kv: _KVHomes) -> bool:
+    def _holds_largest(self, draft: Policy, kv: KVHomes) -> bool:
         """Return whether the draft leaves room for the KV of the largest request."""
         left = self._left(draft, self.drafts.free(draft), self.options.max_num_seqs or 1)
-        return min(left.values()) >= 0 and max(self._pools(left, kv).values()) >= self.sizes.largest
+        return min(left.values()) >= 0 and max(self.pools.sized(left, kv).values()) >= self.sizes.largest
 
-    def _num_seqs_fed(self, draft: Policy, kv: _KVHomes) -> int:
+    def _num_seqs_fed(self, draft: Policy, kv: KVHomes) -> int:
         """Return the largest number of sequences that can be alive in the pools which remain beside their workspace."""
         free = self.drafts.free(draft)
 
         def is_fed(number: int) -> bool:
             left = self._left(draft, free, number)
-            pools = self._pools(left, kv)
+            pools = self.pools.sized(left, kv)
             return min(left.values()) >= 0 and max(pools.values()) >= self.sizes.smallest and self._fed(pools) >= number
 
-        most = min(self._fed(self._pools(free, kv)), len(self.workload))  # pools shrink as workspaces grow
+        most = min(self._fed(self.pools.sized(free, kv)), len(self.workload))  # pools shrink as workspaces grow
         if draft.schedule == "row":
             most = min(most, max(draft.micro_batch_tokens // self.sizes.shortest_prompt, 1))
         return _largest(most, is_fed)
@@ -215,7 +197,7 @@ class Space:
             disk_growth=self.spec.disk_kv_growth,
             sequence_bytes=grown,
             kv_bytes=self.sizes.mean,
-            staged=self.staged,
+            staged=self.pools.staged,
         )
 
     def place_like(self, point: Point, weights: Mapping[str, float], *, spills: bool) -> Point:
@@ -270,30 +252,6 @@ class Space:
         """Return the bytes that remain of `free` once the workspace is that of so many sequences."""
         grown = self.drafts.growth(draft, max_num_seqs)
         return {tier: size - grown[tier] for tier, size in free.items()}
-
-    def _pools(self, free: dict[str, int], kv: _KVHomes, max_num_seqs: int | None = None) -> dict[str, int]:
-        """Return the pool bytes per tier, at most what so many sequences (by default all requests) can need."""
-        if self.kv is None:
-            on_disk = int(self.disk_bytes / self.spec.disk_kv_growth)
-            pools = kv_pools(free, on_disk, kv.memory, kv.disk, staged=self.staged)
-        else:
-            pools = self._pinned_pools(self.kv, {tier: max(size, 0) for tier, size in free.items()})
-        # A sequence's KV has one home, so each tier may leave almost the bytes of the largest sequence unused.
-        live = self.sizes.all if max_num_seqs is None else min(self.sizes.all, max_num_seqs * self.sizes.largest)
-        enough = live + self.sizes.largest * sum(size > 0 for size in pools.values())
-        if self.kv is None:
-            return first_of(pools, enough)
-        share = min(enough / max(sum(pools.values()), 1), 1.0)
-        return {tier: int(size * share) for tier, size in pools.items()}
-
-    def _pinned_pools(self, kv: Fractions, free: dict[str, int]) -> dict[str, int]:
-        """Return the largest pools in the given proportion; those on disk take staging, or all of a folder in memory, from the host's."""
-        growth = self.spec.disk_kv_growth
-        host = kv.host + kv.disk * (self.staged + growth * self.limits.offload_in_memory)
-        totals = [free["host"] / host] if host else []
-        totals += [free["device"] / kv.device] if kv.device else []
-        totals += [self.limits.disk_bytes / growth / kv.disk] if kv.disk else []
-        return {tier: int(getattr(kv, tier) * min(totals)) for tier in TIERS}
 
     def within(self, limits: Limits) -> Space:
         """Return the policies for the same requests within other budgets."""
