@@ -10,12 +10,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
-from flexgen.cli import app
+from flexgen.cli import app, evaluating
 from flexgen.errors import FlexGenError, StorageError
 from flexgen.jobs.folder import find_job
 from flexgen.jobs.status import read_status
@@ -210,3 +211,14 @@ def num_done(state: Path) -> int:
         with contextlib.suppress(FlexGenError):  # its database is being made
             return read_status(find_job(folder)).answered
     return 0
+
+
+def test_the_flag_that_goes_on_quotes_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "a tmp"))
+    (tmp_path / "a tmp").mkdir()
+    display: Any = SimpleNamespace(message=lambda text: None)
+    with evaluating._state(None, display) as state:
+        (state.folder / "answers").touch()
+    assert f"goes on with --state '{state.folder}'\n" in capsys.readouterr().err

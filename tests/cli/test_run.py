@@ -833,14 +833,15 @@ def test_inputs_that_are_no_files(model_folder: Path, source: Path, output: Path
 def test_from_stdin_to_stdout_without_a_folder(
     model_folder: Path, source: Path, tmp_path: Path, engines: list[FakeEngine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
-    (tmp_path / "tmp").mkdir()
+    home = tmp_path / "a tmp"
+    monkeypatch.setattr("tempfile.tempdir", str(home))
+    home.mkdir()
     command = ["run", str(model_folder), "-", "-o", "-"]
     done = CliRunner().invoke(cli.app, command, input=source.read_text())
     assert done.exit_code == 0, done.output
     assert [json.loads(line)["id"] for line in done.stdout.splitlines()] == ["a", "b"]
     assert "until it is done, the job is kept in" in done.stderr
-    assert not list((tmp_path / "tmp").glob("flexgen-job-*"))
+    assert not list(home.glob("flexgen-job-*"))
     answer = FakeEngine._answer
 
     def failing(engine: FakeEngine, request: Any) -> Any:
@@ -849,8 +850,8 @@ def test_from_stdin_to_stdout_without_a_folder(
     monkeypatch.setattr(FakeEngine, "_answer", failing)
     failed = CliRunner().invoke(cli.app, command, input=source.read_text())
     monkeypatch.setattr(FakeEngine, "_answer", answer)
-    (state,) = (tmp_path / "tmp").glob("flexgen-job-*")
-    assert (failed.exit_code, f"goes on with --state {state} and nothing as its input (</dev/null)" in failed.stderr) == (75, True)
+    (state,) = home.glob("flexgen-job-*")
+    assert (failed.exit_code, f"goes on with --state '{state}' and nothing as its input (</dev/null)" in failed.stderr) == (75, True)
     again = CliRunner().invoke(cli.app, [*command, "--state", str(state)])
     assert (again.exit_code, again.stdout) == (0, done.stdout)
 

@@ -164,7 +164,7 @@ def test_files_that_may_not_grow_stop_every_run_alike(place: Path) -> None:
 
 def test_answers_that_standard_output_does_not_take_are_kept(place: Path) -> None:
     """Its reader leaves while the model works."""
-    command = [sys.executable, "-c", WAITING, "run", "model", "in.jsonl", "-o", "-", "--state", "out-state", "--progress", "plain"]
+    command = [sys.executable, "-c", WAITING, "run", "model", "in.jsonl", "-o", "-", "--state", "out state", "--progress", "plain"]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen(command, cwd=place, text=True, **pipes) as process:
         assert process.stdout is not None
@@ -176,9 +176,9 @@ def test_answers_that_standard_output_does_not_take_are_kept(place: Path) -> Non
         process.stdout = None
         _, stderr = process.communicate("\n", timeout=120)
     assert process.returncode == 75, stderr
-    assert "standard output: its reader has left; the answers are kept: `flexgen export out-state --to FILE` writes them" in stderr
+    assert "standard output: its reader has left; the answers are kept: `flexgen export 'out state' --to FILE` writes them" in stderr
     assert "ignored" not in stderr
-    exported = flexgen(place, "export out-state --to -")
+    exported = flexgen(place, "export 'out state' --to -")
     assert [json.loads(line)["id"] for line in exported.stdout.splitlines()] == ["a", "b"]
 
 

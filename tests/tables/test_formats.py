@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import re
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,12 @@ def test_files_that_are_no_tables(tmp_path: Path, name: str, content: bytes, sai
     with pytest.raises(JobError) as caught:
         rows(path, format_of(path, "TABLE"))
     assert said in str(caught.value)
+
+
+def test_the_command_that_mends_a_table_quotes_its_path(tmp_path: Path) -> None:
+    path = written(tmp_path / "my table.csv", b"a\n\xff\n")
+    with pytest.raises(JobError, match=re.escape(f"iconv -f WINDOWS-1252 -t UTF-8 '{path}' converts it")):
+        rows(path, "csv")
 
 
 def test_what_rows_of_json_lines_may_have(tmp_path: Path) -> None:

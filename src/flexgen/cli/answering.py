@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -90,7 +91,8 @@ class Answering:
         """Return a hint how to get answers that could not be written to standard output."""
         if self.store.paths.output is not None:
             return ""
-        return f"; the answers are kept: `flexgen export {self.store.paths.folder} --to FILE` writes them"
+        command = shlex.join(["flexgen", "export", str(self.store.paths.folder), "--to", "FILE"])
+        return f"; the answers are kept: `{command}` writes them"
 
     def _conclude(self, workload: Workload) -> None:
         from flexgen.report.progress import SCHEMA_VERSION

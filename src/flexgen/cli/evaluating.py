@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import shutil
 import sys
 import tempfile
@@ -128,7 +129,7 @@ def _state(named: Path | None, display: Display) -> Iterator[_State]:
         if state.is_done or not any(state.folder.iterdir()):
             shutil.rmtree(state.folder, ignore_errors=True)
         else:
-            print(f"flexgen: the same command goes on with --state {state.folder}", file=sys.stderr)
+            print(f"flexgen: the same command goes on with --state {shlex.quote(str(state.folder))}", file=sys.stderr)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import sys
 import tempfile
@@ -133,8 +134,8 @@ class JobCommand:
             if code in (ExitCode.ALL_ANSWERED, ExitCode.SOME_FAILED) or not (state / "input").exists():
                 shutil.rmtree(state, ignore_errors=True)
             else:
-                said = f"the job is kept in {state}: the same command goes on with --state {state} and nothing as its input (</dev/null)"
-                print(f"flexgen: {said}", file=sys.stderr)
+                how = f"the same command goes on with --state {shlex.quote(str(state))} and nothing as its input (</dev/null)"
+                print(f"flexgen: the job is kept in {state}: {how}", file=sys.stderr)
 
     def _answer_kept(self, state: Path | None) -> int:
         """Answer a job whose state is kept in a folder."""

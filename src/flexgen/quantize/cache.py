@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import shutil
 import time
 from collections.abc import Callable
@@ -57,9 +58,9 @@ def cached_conversion(files: ModelFiles, settings: QuantizeSettings, cache: Path
     try:
         _convert_or_wait(files, folder, settings)
     except FolderHoldsOther as error:
-        raise StorageError(f"{error.what}: `flexgen cache rm {folder.name}` removes it, and the same command converts again") from error
+        raise StorageError(f"{error.what}: `{_removing(folder)}` removes it, and the same command converts again") from error
     except UnusableRecord as error:
-        raise StorageError(f"{error} (`flexgen cache rm {folder.name}` removes it, and the same command converts)") from error
+        raise StorageError(f"{error} (`{_removing(folder)}` removes it, and the same command converts)") from error
     step(f"weights in {settings.weight_format}: {folder}")
     return dataclasses.replace(
         files,
@@ -94,6 +95,11 @@ def private_cache() -> Path:
     """
     _make_private(cache_folder())
     return cache_folder()
+
+
+def _removing(folder: Path) -> str:
+    """Return the command that removes an entry."""
+    return shlex.join(["flexgen", "cache", "rm", folder.name])
 
 
 def _entry_folder(files: ModelFiles, settings: QuantizeSettings, cache: Path | None) -> Path:

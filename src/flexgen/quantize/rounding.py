@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import NamedTuple
 
 import numpy as np
@@ -119,4 +120,4 @@ def check_finite(name: str, weights: torch.Tensor) -> None:
 
 def _not_finite(name: str) -> CheckpointError:
     what = "numbers that are infinite, not numbers, or too large"
-    return CheckpointError(f"{name} holds {what}, and cannot be rounded: `flexgen convert --keep {name}` leaves it as it is")
+    return CheckpointError(f"{name} holds {what}, and cannot be rounded: `flexgen convert --keep {shlex.quote(name)}` leaves it as it is")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import itertools
+import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,7 +52,7 @@ class CsvTable:
             with open_input(self.path) as file:
                 yield io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
         except UnicodeDecodeError as error:
-            hint = f"iconv -f WINDOWS-1252 -t UTF-8 {self.path} converts it if it is in Windows-1252 or Latin-1"
+            hint = f"iconv -f WINDOWS-1252 -t UTF-8 {shlex.quote(str(self.path))} converts it if it is in Windows-1252 or Latin-1"
             raise JobError(f"{self.path} is not UTF-8 (0x{error.object[error.start]:02x}); {hint}") from error
         except READ_ERRORS as error:
             raise StorageError(f"{self.path} cannot be read: {error}") from error
