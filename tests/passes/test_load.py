@@ -64,6 +64,7 @@ def test_what_is_computed_where() -> None:
     load = pass_load(PassPlan(micro_batches=batches), ("host", "disk"), GROUPS)
     assert load.prompt_tokens == {"host": 8, "disk": 3}
     assert load.num_prompts == {"host": 1, "disk": 1}
+    assert load.earlier_tokens == {"host": [5, 5, 5, 0], "disk": [0, 0, 0, 0]}, "what a later chunk sees of the first"
     assert load.next_tokens == {"host": 2, "disk": 0}
     assert (load.num_sampled, load.num_scored) == (0, 0)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from dataclasses import dataclass
 
@@ -9,8 +10,9 @@ from machines import machine_of, steady
 
 from flexgen.base.quantities import GIB, MIB
 from flexgen.options import EngineOptions
-from flexgen.plan.machine import Limits, Machine, Overheads
+from flexgen.plan.machine import LAYER_OPERATIONS, Limits, Machine, Overheads
 from flexgen.plan.model import KVGroupSpec, ModelSpec, UnitSpec
+from flexgen.plan.policy import PAGE_TOKENS
 from flexgen.plan.price.weights import memory_bytes
 from flexgen.plan.search.space import Space
 from flexgen.plan.workload import Workload
@@ -33,10 +35,11 @@ class Instance:
         return Space(self.options, self.spec, self.machine, self.limits, self.workload, PROCESS_BYTES, TIERS)
 
 
-def instance_of(seed: int) -> Instance:
-    """The problem of that number; it may have no solution."""
+def instance_of(seed: int, device: str | None = None) -> Instance:
+    """The problem of that number, on any device; it may have no solution."""
     draw = random.Random(seed)
-    device = draw.choice(["cpu", "cpu", "sim", "cuda"])
+    drawn = draw.choice(["cpu", "cpu", "sim", "cuda"])
+    device = device or drawn
     spec = _spec(draw)
     workload = _workload(draw)
     return Instance(
@@ -45,6 +48,31 @@ def instance_of(seed: int) -> Instance:
         machine=_machine(draw, device),
         limits=_limits(draw, device, spec, workload),
         workload=workload,
+    )
+
+
+def copying_instance_of(seed: int) -> Instance:
+    """A problem beside a device with what only that costs: many launches, units that it decodes, prompts that go on with stored KV."""
+    instance, draw = instance_of(seed, "cuda"), random.Random(seed)
+    spec, machine, workload = instance.spec, instance.machine, instance.workload
+    units = [
+        dataclasses.replace(unit, encoded_bytes=unit.disk_bytes) if unit.disk_bytes < unit.decoded_bytes else unit for unit in spec.units
+    ]
+    layers = sum(group.num_layers for group in spec.kv_groups)
+    shared = min(workload.prompt_lens) // PAGE_TOKENS * PAGE_TOKENS * draw.choice([0, 1])
+    tokens = instance.options.micro_batch_tokens or draw.choice([None, 32, 64])
+    return dataclasses.replace(
+        instance,
+        options=dataclasses.replace(instance.options, micro_batch_tokens=tokens),
+        spec=dataclasses.replace(
+            spec, units=tuple(units), decoded_from={"int4": 1}, operations=round(draw.uniform(0.5, 8) * layers * LAYER_OPERATIONS)
+        ),
+        machine=dataclasses.replace(
+            machine,
+            overheads=dataclasses.replace(machine.overheads, per_operation=machine.overheads.per_layer_and_micro_batch / 60),
+            elementwise={"bfloat16": steady(_log(draw, 1e9, 1e12))},
+        ),
+        workload=dataclasses.replace(workload, shared_lens=(0, *(shared,) * (len(workload) - 1))),
     )
 
 

@@ -31,6 +31,7 @@ def test_a_box_without_accelerator(find):
     assert (machine.disk_read.best, machine.disk_write.best, machine.host_memory.best) == (7e9, 3.5e9, 80e9)
     assert machine.dense_flops("bfloat16") == machine.dense_flops("float16") == 2e12 == 2 * machine.dense_flops("float32")
     assert set(machine.decode_attention) == {"host"}
+    assert machine.overheads.per_operation == 0, "what products cost contains their calls"
     assert read_machine(machine.to_json()) == machine
 
 
@@ -41,6 +42,7 @@ def test_a_box_with_accelerator(find):
     assert machine.host_to_device == machine.device_to_host
     assert set(machine.dense) == {"bfloat16", "float32"}
     assert set(machine.decode_attention) == {"host", "device"}
+    assert 1e-6 < machine.overheads.per_operation < machine.overheads.per_layer_and_micro_batch / 40
     assert find(GPU | {"device_to_host": 20e9}).device_to_host.best == 20e9
     assert read_machine(machine.to_json()) == machine
 

@@ -49,6 +49,12 @@ def test_what_is_written_comes_back(units: list[UnitSpec]) -> None:
     assert ModelSpec.from_json(spec.to_json()) == spec
 
 
+def test_operations_come_back() -> None:
+    spec = dataclasses.replace(spec_with([]), operations=1234)
+    assert ModelSpec.from_json(spec.to_json()) == spec
+    assert "operations" not in spec_with([]).to_json(), "as in descriptions without them"
+
+
 def test_a_low_bit_format_of_kv_comes_back() -> None:
     group = KVGroupSpec(
         num_layers=3, bytes_per_token=10, attention_flops_per_pair=4.5, exact_bytes_per_token=32, slot_bytes_per_token=12, window=7

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from flexgen.errors import OptionError
-from flexgen.plan.machine import DiskRequest, Overheads, Rate, int8_name
+from flexgen.plan.machine import LAYER_OPERATIONS, DiskRequest, Overheads, Rate, int8_name
 from flexgen.plan.model import KVGroupSpec, UnitSpec
 from flexgen.plan.play.simulate import simulate
 from flexgen.plan.price.pass_time import (
@@ -14,6 +14,7 @@ from flexgen.plan.price.pass_time import (
     Expectation,
     decoding_rate,
     elementwise_bytes,
+    estimated_on_device,
     rate_at,
 )
 from flexgen.plan.price.work import PassWork
@@ -109,12 +110,55 @@ def test_what_slows_each_other_down_beside_a_device(make_spec, make_machine, mak
     assert float(busy["disk"]) == 0
 
 
-def test_a_device_that_decodes_computes_less(make_spec, make_machine, make_policy):
-    machine = make_machine(device_casts={"int4 bfloat16": Rate(4e3, 2e3)}, overheads=NOTHING)
+@pytest.mark.parametrize(
+    ("decoded_from", "wanted", "estimated"),
+    [
+        ({"int4": 10}, 3.0, []),
+        ({"int4": 10, "float16": 10}, 3.0, []),  # the host casts plain numbers
+        ({"int3": 10}, 6e3 * 1.5 / 1e3, ["int3"]),  # reads half a byte for each that it writes, at the rate of elementwise operations
+        ({"int4": 10, "int3": 30}, (3.0 + 3 * 9.0) / 4, ["int3"]),
+        ({"float16": 10}, 0.0, []),
+        ({}, 0.0, []),  # bfloat16, as computed
+    ],
+)
+def test_what_a_device_decodes_takes_time_there(make_spec, make_machine, make_policy, decoded_from, wanted, estimated):
+    machine = make_machine(device_casts={"int4 bfloat16": Rate(4e3, 2e3)}, elementwise={"bfloat16": 1e3}, overheads=NOTHING)
+    units = [dataclasses.replace(unit, disk_bytes=500, encoded_bytes=500, plain=False) for unit in make_spec().units[:3]]
+    spec = make_spec(units=(*units, make_spec().units[3]), decoded_from=decoded_from)
     work = PassWork(device_decoded_bytes=6e3, num_micro_batches=1)
-    for decoded_from, wanted in (({"int4": 10}, 3.0), ({"int4": 10, "float16": 1}, 3.0), ({"int3": 10}, 0.0)):
-        expectation = Expectation(make_spec(decoded_from=decoded_from), machine, "bfloat16")
-        assert float(expectation.apart(work, make_policy(device="cuda"))["compute"]) == pytest.approx(wanted)
+    compute = Expectation(spec, machine, "bfloat16").apart(work, make_policy(device="cuda"))["compute"]
+    assert float(compute) == pytest.approx(wanted)
+    assert estimated_on_device(spec, machine, "bfloat16") == estimated
+
+
+@pytest.mark.parametrize(
+    ("operations", "per_operation", "more"),
+    [
+        (0, 0.01, 0.0),  # of another flexgen, which did not count them
+        (3 * LAYER_OPERATIONS + 40, 0.01, 0.4),
+        (3 * LAYER_OPERATIONS - 10, 0.01, -0.1),
+        (3 * LAYER_OPERATIONS + 40, 0.0, 0.0),  # not measured, as on a CPU
+        (1, 1.0, -0.375),  # nothing is launched before it is asked for
+    ],
+)
+def test_launches_beyond_those_of_a_measured_layer_take_the_host_time(
+    make_spec, make_machine, make_policy, operations, per_operation, more
+):
+    """Four micro-batches of three layers; the launches of a layer that was measured are part of its 0.125 s."""
+    costs = dataclasses.replace(NOTHING, per_layer_and_micro_batch=0.125, per_operation=per_operation)
+    expectation = Expectation(make_spec(operations=operations), make_machine(overheads=costs), "bfloat16")
+    work = PassWork(num_micro_batches=4, attention_flops=5e10)  # a second of the device
+    resources = expectation.resources(work, make_policy(device="cuda"))
+    issuing = 4 * (3 * 0.125 + more)
+    assert float(resources["lead"]) == pytest.approx(issuing)
+    assert float(resources["compute"]) == pytest.approx(1.0)
+    assert float(expectation.seconds(work, make_policy(device="cuda"))) == pytest.approx(max(1.0, issuing)), "beside each other"
+
+
+def test_earlier_keys_and_values_are_gathered_by_the_host(make_spec, make_machine, make_policy):
+    expectation = Expectation(make_spec(), make_machine(host_memory=1e3, overheads=NOTHING), "bfloat16")
+    resources = expectation.resources(PassWork(gathered_bytes=5e3), make_policy(device="cuda"))
+    assert float(resources["host_compute"]) == pytest.approx(5.0)
 
 
 def test_experts_see_their_share_of_the_rows(make_spec, make_machine, make_policy):

@@ -2,10 +2,12 @@
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from plan.test_simulate import TOKEN
 
 from flexgen.plan.model import KVGroupSpec
-from flexgen.plan.price.requests import RequestLoad, attended_tokens, held_kv_bytes
+from flexgen.plan.price.requests import RequestLoad, attended_tokens, earlier_tokens, held_kv_bytes
 from flexgen.plan.workload import Workload
 
 
@@ -19,6 +21,27 @@ def test_pages_round_up_and_windows_free_them(make_spec):
 def test_the_tokens_that_next_tokens_see_are_counted_one_by_one(window):
     seen = sum(min(10 + step, window) for step in range(1, 7))
     assert attended_tokens(np.array([10.0]), np.array([7.0]), window).item() == seen
+
+
+@settings(max_examples=300)
+@given(found=st.integers(0, 40), own=st.integers(1, 60), window=st.integers(1, 80), chunk_tokens=st.integers(1, 70), whole=st.booleans())
+def test_what_chunks_go_on_from_is_counted_one_by_one(found, own, window, chunk_tokens, whole):
+    size = own if whole else chunk_tokens
+    starts = [start for start in range(0, own, size) if min(size, own - start) > 1 or found + start == 0]
+    seen = sum(min(found + start, window - 1) for start in starts)
+    assert earlier_tokens(np.array([found]), np.array([own]), window, np.array([size])).item() == seen
+    assert earlier_tokens(np.array([float(found)]), np.array([float(own)]), float(window), float(size)).item() == seen
+
+
+def test_the_load_of_a_prompt_in_chunks(make_spec):
+    """Of 10 tokens in chunks of 4, the second sees 4 before it, the third 8; a prompt after a prefix of 6 sees that."""
+    job = Workload(prompt_lens=(10, 8), output_lens=(3, 1), shared_lens=(0, 6))
+    assert RequestLoad.of(make_spec(), job).earlier_tokens == {}
+    load = RequestLoad.of(make_spec(), job, 4)
+    assert {home: each.tolist() for home, (each,) in load.earlier_tokens.items()} == {"host": [4 + 8, 6], "disk": [0, 6]}
+    assert load.mean().at("host", 8).earlier_tokens == {"host": [8 * 18 / 4]}
+    assert load.mean().at("disk", 8).earlier_tokens == {"disk": [8 * 6 / 4]}
+    assert load.mean().at("device", 8).earlier_tokens == {}
 
 
 def test_the_mean_of_a_live_sequence_is_that_of_all_passes(make_spec):

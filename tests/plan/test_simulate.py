@@ -232,6 +232,12 @@ def plain_simulation(spec, policy, workload):
     return works, held
 
 
+def plain_earlier(policy, group, new):
+    """The tokens before all chunks but the first of these prompts, which none shares; one token alone is computed as a next token is."""
+    starts = [start for each in new for start in range(0, each.prompt_len, policy.micro_batch_tokens) if each.prompt_len - start > 1]
+    return sum(min(start, (group.window or 10**9) - 1) for start in starts) if policy.micro_batch_tokens > 1 else 0
+
+
 def plain_price(spec, policy, tiers, decoding, new):
     pairs, attended = Counter(), {tier: Counter() for tier in tiers}
     for number, group in enumerate(spec.kv_groups):
@@ -241,12 +247,16 @@ def plain_price(spec, policy, tiers, decoding, new):
         for each in decoding:
             attended[each.home][number] += min(each.tokens(), window)
     groups = range(len(spec.kv_groups))
+    apart = [tier for tier in tiers if tier != "device" and policy.device != "cpu"]
     load = PassLoad(
         prompt_tokens={tier: sum(each.prompt_len for each in new if each.home == tier) for tier in tiers},
         num_prompts={tier: sum(each.home == tier for each in new) for tier in tiers},
         next_tokens={tier: sum(each.home == tier for each in decoding) for tier in tiers},
         prompt_pairs=[pairs[number] for number in groups],
         attended_tokens={tier: [attended[tier][number] for number in groups] for tier in tiers},
+        earlier_tokens={
+            tier: [plain_earlier(policy, group, [each for each in new if each.home == tier]) for group in spec.kv_groups] for tier in apart
+        },
         num_sampled=sum(each.is_answered for each in [*decoding, *new]),
         num_scored=sum(each.num_scored for each in new),
     )

@@ -52,6 +52,27 @@ def test_the_price_of_host_kv_beside_a_device(make_spec, make_policy):
     assert work.host_memory_bytes == 900 + 13 * 30
 
 
+@pytest.mark.parametrize(("home", "device", "crosses"), [("host", "sim", 1), ("disk", "cuda", 1), ("device", "sim", 0), ("host", "cpu", 0)])
+@pytest.mark.parametrize("exact", [0, 25])
+def test_what_prompts_go_on_from_crosses_the_link(make_spec, make_policy, home, device, crosses, exact):
+    """Seven tokens of two layers and five of one, in few bits or as they are computed with."""
+    groups = (
+        KVGroupSpec(num_layers=2, bytes_per_token=10, attention_flops_per_pair=4.0, exact_bytes_per_token=exact),
+        KVGroupSpec(num_layers=1, bytes_per_token=10, attention_flops_per_pair=4.0, exact_bytes_per_token=exact, window=6),
+    )
+    at_home = {"prompt_tokens": {home: 10}, "num_prompts": {home: 2}, "next_tokens": {home: 3}, "attended_tokens": {home: [30, 18]}}
+    load = load_of(**at_home, prompt_pairs=[30, 30])
+    spec, policy = make_spec(groups=groups), make_policy(device=device)
+    alone, after = (price(each, spec, policy, PassWork()) for each in (load, dataclasses.replace(load, earlier_tokens={home: [7, 5]})))
+    stored, sent = (2 * 7 + 5) * 10, (2 * 7 + 5) * (exact or 10)
+    assert after.host_to_device_bytes - alone.host_to_device_bytes == sent * crosses
+    assert after.gathered_bytes == (stored + 3 * sent) * crosses, "read in pages, written, read and written again"
+    assert after.host_memory_bytes - alone.host_memory_bytes == (stored + 4 * sent) * crosses, "and read by the link"
+    assert alone.gathered_bytes == 0
+    others = ("host_to_device_bytes", "gathered_bytes", "host_memory_bytes")
+    assert dataclasses.replace(after, **{name: getattr(alone, name) for name in others}) == alone
+
+
 def test_gathered_rows_cross_the_link(make_spec, make_policy):
     resident, gathered = (
         price(load_of(), make_spec(), make_policy(device="sim", embedding_resident=each), PassWork()) for each in (True, False)

@@ -19,10 +19,11 @@ from flexgen.errors import CheckpointError, ModelError, OptionError
 from flexgen.formats.table import quantization_of
 from flexgen.hub.config import read_config
 from flexgen.models.assemble import assemble_model
+from flexgen.models.unit_size import LINK_UNIT_BYTES
 from flexgen.options import EngineOptions
 from flexgen.plan.known.models import catalogue_spec
 from flexgen.plan.model import ModelSpec
-from flexgen.session.lookup import files_of, spec_of
+from flexgen.session.lookup import describe_files, files_of, spec_of
 from tests.hub.test_resolve import StandIn
 from tests.models.tiny_configs import tiny_config
 
@@ -75,6 +76,21 @@ def test_shipped_models_in_the_dtype_that_would_run() -> None:
     assert [unit.disk_bytes for unit in on_cpu.units] == [unit.disk_bytes for unit in shipped.units]
     assert not any(unit.plain for unit in on_cpu.units)
     assert (wide.dtype, wide.kv_bytes_per_token) == ("float32", 2 * shipped.kv_bytes_per_token)
+
+
+def test_shipped_models_are_cut_as_the_engine_cuts_them() -> None:
+    """Units that cross a link in milliseconds, as for the same model with random weights; small models need no other units."""
+    name, random = "qwen3-14b", EngineOptions(load_format="dummy")
+    shipped, on_device = catalogue_spec(name), spec_of(name, device="cuda")
+    assert spec_of(name, device="cpu") == shipped
+    assert on_device.units == describe_files(files_of(name, random), random, device="cuda").units
+    assert max(unit.carried_bytes for unit in on_device.units) <= LINK_UNIT_BYTES < max(unit.carried_bytes for unit in shipped.units)
+    assert on_device.flops_per_token == pytest.approx(shipped.flops_per_token)
+    assert dataclasses.replace(on_device, units=(), operations=0) == dataclasses.replace(shipped, units=(), operations=0)
+    assert on_device.operations > shipped.operations, "a cut layer has several products"
+    assert spec_of("llama-3.2-3b", device="cuda") == catalogue_spec("llama-3.2-3b")
+    four = spec_of(name, EngineOptions(weight_format="int4"), device="cuda")
+    assert LINK_UNIT_BYTES / 2 < max(unit.carried_bytes for unit in four.units) <= 1.1 * LINK_UNIT_BYTES
 
 
 def test_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

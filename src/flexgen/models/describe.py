@@ -13,6 +13,7 @@ from flexgen.checkpoint.repository import RepositoryTensors, headers_of, sharded
 from flexgen.errors import UnsupportedModelError
 from flexgen.formats.plain import dtype_name
 from flexgen.kv.format import KVFormat, default_kv_format
+from flexgen.models.operations import untraced_operations
 from flexgen.models.parts import Part
 from flexgen.models.refusals import check_supported_architecture
 from flexgen.models.units import ModelUnits, cut_model
@@ -142,6 +143,7 @@ def model_spec(
         intermediate_size=max(_widest(units.parts), hidden),
         vocab_size=int(text.vocab_size),
         max_position_embeddings=context,
+        operations=units.trace.num_operations + untraced_operations(units.parts),
     )
 
 

@@ -18,6 +18,7 @@ from flexgen.errors import UnsupportedModelError
 from flexgen.models.attention import PassCache
 from flexgen.models.coroutine import ForwardCoroutine
 from flexgen.models.head import Tail, TailRecorder
+from flexgen.models.operations import OperationCounter
 from flexgen.passes.calls import AttentionCall
 from flexgen.passes.geometry import LayerKV
 from flexgen.passes.plan import Slice
@@ -39,6 +40,7 @@ class ModelTrace:
         layers: The KV of each layer, by layer index.
         experts_per_token: For each experts module, (k, num_experts).
         tail: What the model does to the logits after its head, see `TailRecorder.tail`.
+        num_operations: The operations that would run on a device, with one for each linear layer, layer of experts and attention.
     """
 
     order: tuple[str, ...]
@@ -50,6 +52,7 @@ class ModelTrace:
     layers: tuple[LayerKV, ...]
     experts_per_token: dict[str, tuple[int, int]]
     tail: Tail | None
+    num_operations: int
 
 
 class _Tracer(ForwardCoroutine):
@@ -167,11 +170,11 @@ def trace_model(model: Any) -> ModelTrace:
     usage = _Usage(ids)
     undo = list(_fake_modules(model, usage))
 
-    recorder = TailRecorder(model)
+    recorder, counter = TailRecorder(model), OperationCounter()
     tails: list[Tail | None] = []
 
     def run() -> None:
-        with torch.no_grad(), _ParameterReads(usage), recorder:
+        with torch.no_grad(), _ParameterReads(usage), recorder, counter:
             output = model(
                 input_ids=ids, position_ids=torch.arange(len(TRACE_IDS))[None], past_key_values=PassCache(), use_cache=True,
                 logits_to_keep=torch.tensor([len(TRACE_IDS) - 1]),
@@ -202,6 +205,7 @@ def trace_model(model: Any) -> ModelTrace:
         layers=tuple(tracer.layers[layer] for layer in sorted(tracer.layers)),
         experts_per_token=usage.experts,
         tail=tails[0],
+        num_operations=counter.num_operations,
     )
 
 

@@ -13,6 +13,11 @@ SMALLEST_UNIT_BYTES = 8 * MIB
 LINK_UNIT_BYTES = 160 * MIB
 
 
+def may_be_cut_smaller(weight_bytes: int, device: str) -> bool:
+    """Return whether weights with so many decoded bytes may have smaller units on this device than on a CPU."""
+    return has_device_tier(device) and weight_bytes // 100 > LINK_UNIT_BYTES
+
+
 def default_unit_bytes(weight_bytes: int, stored_bytes: int, encodings: Iterable[Encoding], device: str) -> int:
     """Return the decoded bytes of a unit.
 

@@ -30,7 +30,7 @@ def pass_load(plan: PassPlan, homes: Sequence[str], groups: Sequence[LayerGroup]
     """
     prompts, starts, steps = (dict.fromkeys(homes, 0) for _ in range(3))
     pairs = [0] * len(groups)
-    attended = {home: [0] * len(groups) for home in homes}
+    attended, earlier = ({home: [0] * len(groups) for home in homes} for _ in range(2))
     repeated = {"disk": [0] * len(groups)} if "disk" in homes else {}
     sampled = scored = 0
     for batch in plan.micro_batches:
@@ -45,11 +45,12 @@ def pass_load(plan: PassPlan, homes: Sequence[str], groups: Sequence[LayerGroup]
         for index, group in enumerate(groups):
             attended[home][index] += sum(each.stop - group.geometry.first_visible(each.start) for each in decodes)
             pairs[index] += visible_pairs(others, group)
+            earlier[home][index] += sum(each.start - group.geometry.first_visible(each.start) for each in others)
             if home in repeated:
                 repeated[home][index] += tokens_read_twice(decodes, index, group)
     return PassLoad(
         prompt_tokens=prompts, num_prompts=starts, next_tokens=steps, prompt_pairs=pairs, attended_tokens=attended,
-        repeated_tokens=repeated, num_sampled=sampled, num_scored=scored,
+        repeated_tokens=repeated, earlier_tokens=earlier, num_sampled=sampled, num_scored=scored,
     )  # fmt: skip
 
 

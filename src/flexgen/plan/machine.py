@@ -17,6 +17,8 @@ FEW_CORES = 4
 # The shares of memory and of free disk that a plan may use where the options give no budget.
 HOST_SHARE, DEVICE_SHARE, DISK_SHARE = 0.8, 0.9, 0.8
 CUDA_BYTES = 512 * MIB  # of a CUDA device: its context and libraries in a process, where they were not measured
+# Of each layer of the model with which `per_layer_and_micro_batch` is measured (profile/overheads.py), as ModelSpec.operations counts.
+LAYER_OPERATIONS = 45
 _INT8, _SPARSE = " int8", " sparse "
 NOT_A_MACHINE = "this is not the description of a machine"  # how messages begin
 
@@ -101,9 +103,11 @@ class Overheads:
         per_pass: Seconds of sampling, admission and bookkeeping in each pass.
         per_sequence: Seconds for each next token or prompt of a pass.
         per_unit: Seconds for each unit that streams in a pass.
-        per_layer_and_micro_batch: Seconds of the modules' own code and of switching, for each layer and micro-batch.
+        per_layer_and_micro_batch: Seconds of the modules' own code, of launching LAYER_OPERATIONS on a device, and of switching, for each
+            layer and micro-batch.
         per_gathered_row: Seconds for each row of an embedding that is not resident.
-        per_operation: Seconds of the host to launch an operation on a device; 0 where that is not known. It is part of the others.
+        per_operation: Seconds of the host to launch an operation on a device; 0 where that is not known. It is part of the others, and
+            prices the operations by which layers differ from those that were measured.
     """
 
     per_pass: float

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flexgen.errors import ModelError, OptionError
+from flexgen.models.unit_size import may_be_cut_smaller
 from flexgen.options import EngineOptions
 from flexgen.plan.known.models import catalogue_name, catalogue_spec, similar_names
 from flexgen.plan.model import ModelSpec
@@ -47,7 +48,7 @@ def spec_of(model: str, options: EngineOptions | None = None, *, device: str, bf
     Args:
         model: A folder or a GGUF file; else a name of the catalogue or the hub id of one of its models, in any letter case; else another
             hub id, for which the hub is asked. torch is loaded only for a folder, for another hub id, and for a shipped model that is
-            computed in another dtype or format than it ships in.
+            computed in another dtype or format than it ships in, or is so large that a device needs smaller units than it ships with.
         options: The dtype of computing, how products are computed, the formats of weights and KV (the model is described as a
             conversion would write it), whether weights are random, in which case the config alone is read, and the revision. If there is
             one, the hub is asked even for a model of the catalogue.
@@ -78,7 +79,7 @@ def _shipped(name: str, options: EngineOptions, device: str, *, bfloat16: bool) 
     spec = catalogue_spec(name)
     dtype = compute_dtype(spec.dtype, device, bfloat16=bfloat16) if options.dtype == "auto" else options.dtype
     given = options.weight_format, options.kv_format, options.cpu_compute, options.kept_share
-    if (dtype, *given) == (spec.dtype, "auto", "auto", "auto", None):
+    if (dtype, *given) == (spec.dtype, "auto", "auto", "auto", None) and not may_be_cut_smaller(spec.decoded_bytes, device):
         return spec
     import torch
 
@@ -86,7 +87,7 @@ def _shipped(name: str, options: EngineOptions, device: str, *, bfloat16: bool) 
 
     return described(
         name, getattr(torch, dtype), weight_format=options.weight_format, kv=options.kv_format, cpu_compute=options.cpu_compute,
-        sparse=options.kept_share,
+        sparse=options.kept_share, device=device,
     )  # fmt: skip
 
 

@@ -42,6 +42,7 @@ def described(
     kv: str = "auto",
     cpu_compute: str = "auto",
     sparse: float | None = None,
+    device: str = "cpu",
 ) -> ModelSpec:
     """Describe a shipped model.
 
@@ -52,6 +53,7 @@ def described(
         kv: The format of KV, as in EngineOptions.
         cpu_compute: How linear layers are computed, as in EngineOptions.
         sparse: The share of positions that generated tokens keep; None for all.
+        device: Where it is computed, which decides how large its units are: "cpu", "cuda" or "sim".
 
     Raises:
         ModelError: The conversion is not possible.
@@ -60,7 +62,7 @@ def described(
     source, stored = fields["source"], getattr(torch, fields["dtype"])
     computed = dtype or stored
     given: dict[str, Any] = {
-        "name": source, "kv_format": kv_format(kv, computed), "cpu_compute": cpu_compute, "sparse_attention": sparse,
+        "name": source, "kv_format": kv_format(kv, computed), "cpu_compute": cpu_compute, "sparse_attention": sparse, "device": device,
     }  # fmt: skip
     if weight_format == "auto":
         return describe_config(config, computed, stored=stored, **given)

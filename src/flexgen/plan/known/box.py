@@ -22,6 +22,7 @@ DENSE_SHARE, ATTENTION_SHARE, MEMORY_SHARE, LINK_SHARE, DISK_RATE_SHARE, ELEMENT
 ROWS = (1, 4, 16, 64, 128, 256, 512, 1024, 4096)
 # Measured with PyTorch and transformers on server processors of the years 2022 to 2025.
 DRIVEN_DEVICE = Overheads(per_pass=5e-3, per_sequence=3e-5, per_unit=2e-4, per_layer_and_micro_batch=1e-3, per_gathered_row=2e-6)
+LAUNCH_SECONDS = 5e-6  # an estimate of what PyTorch takes of such a processor to launch an operation on a GPU
 DISK_CORE_SECONDS_PER_BYTE = 2e-11
 DISK_REQUEST = DiskRequest(seconds=3e-5, core_seconds=2e-5)
 
@@ -144,7 +145,7 @@ def box_of(fields: Mapping[str, Any], name: str) -> Machine:
         decode_attention=attending,
         elementwise={dtype: _share(memory, MEMORY_SHARE if has_device else ELEMENTWISE_SHARE) for dtype in flops},
         casts={f"float16 {dtype}": _share(host_memory, 0.3) for dtype in flops if dtype != "float16"},
-        overheads=DRIVEN_DEVICE,
+        overheads=dataclasses.replace(DRIVEN_DEVICE, per_operation=LAUNCH_SECONDS if has_device else 0.0),
         source=box.source,
     )
 

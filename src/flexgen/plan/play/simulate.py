@@ -15,13 +15,13 @@ import numpy as np
 import numpy.typing as npt
 
 from flexgen.options import SCHEDULES, TIERS
-from flexgen.plan.machine import Machine
+from flexgen.plan.machine import Machine, has_device_tier
 from flexgen.plan.model import ModelSpec
 from flexgen.plan.play.admit import admit
 from flexgen.plan.play.rules import Admissions, Needs, Pools, Rules
 from flexgen.plan.policy import Policy
 from flexgen.plan.price.pass_time import Expectation
-from flexgen.plan.price.requests import Floats, Ints, held_kv_bytes, is_next_token, kv_room, shared_kv_bytes, visible_pairs
+from flexgen.plan.price.requests import Floats, Ints, earlier_tokens, held_kv_bytes, is_next_token, kv_room, shared_kv_bytes, visible_pairs
 from flexgen.plan.price.weights import unit_homes, weights_work
 from flexgen.plan.price.work import PassLoad, PassWork, ideal_seconds, price
 from flexgen.plan.workload import Workload
@@ -156,7 +156,7 @@ def simulate(spec: ModelSpec, policy: Policy, job: Workload | Queue, *, weights:
     queue, num_refused, groups, used = _play(spec, policy, whole, tiers)
     first_passes, end_passes = groups.first_pass, groups.first_pass + queue.output_len[groups.run]
     num_passes = int(end_passes.max(initial=0))
-    load = _load(spec, queue, groups, tiers, num_passes)
+    load = _load(spec, policy, queue, groups, tiers, num_passes)
     work = price(load, spec, policy, weights)
     live = np.asarray(sum(load.num_prompts.values()) + sum(load.next_tokens.values()), dtype=np.int64)
     return Simulation(
@@ -198,13 +198,14 @@ def _play(spec: ModelSpec, policy: Policy, queue: Queue, tiers: Sequence[str]) -
     return queue, num_refused, Admissions(*groups), used
 
 
-def _load(spec: ModelSpec, queue: Queue, groups: Admissions, tiers: Sequence[str], num_passes: int) -> PassLoad:
+def _load(spec: ModelSpec, policy: Policy, queue: Queue, groups: Admissions, tiers: Sequence[str], num_passes: int) -> PassLoad:
     """Return the load of every pass, summed over all groups at once."""
     pairs: list[Any] = [0 for _ in spec.kv_groups]
     prompt_tokens: dict[str, Any] = {}
     num_prompts: dict[str, Any] = {}
     next_tokens: dict[str, Any] = {}
     attended: dict[str, list[Any]] = {}
+    earlier: dict[str, list[Any]] = {}
     longest = int((queue.prompt_len + queue.output_len).max(initial=1))
     scored = _at(groups.first_pass, groups.num_seqs * queue.scored_len[groups.run], num_passes)
     sampled = _between(
@@ -230,9 +231,14 @@ def _load(spec: ModelSpec, queue: Queue, groups: Admissions, tiers: Sequence[str
             ramp = ramp + _between(index + 1, full, count, num_passes) * np.arange(num_passes)
             of_alone = _at(index, alone * np.minimum(prompt_len, window), num_passes)
             attended[tier].append(of_alone + ramp + window * _between(full, index + output_len, count, num_passes))
+        if tier != "device" and has_device_tier(policy.device):
+            own = prompt_len - found_len
+            chunk = own if tier == "disk" else policy.micro_batch_tokens
+            before = [earlier_tokens(found_len, own, group.window or longest, chunk) for group in spec.kv_groups]
+            earlier[tier] = [_at(index, entering * each, num_passes) for each in before]
     return PassLoad(
         prompt_tokens=prompt_tokens, num_prompts=num_prompts, next_tokens=next_tokens, prompt_pairs=pairs, attended_tokens=attended,
-        num_sampled=sampled, num_scored=scored,
+        earlier_tokens=earlier, num_sampled=sampled, num_scored=scored,
     )  # fmt: skip
 
 

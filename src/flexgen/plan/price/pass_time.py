@@ -14,7 +14,16 @@ from typing import Any
 import numpy as np
 
 from flexgen.options import DTYPE_BYTES
-from flexgen.plan.machine import Curve, Machine, has_device_tier, int8_name, kv_rate_name, rounded_from, sparse_rate_name
+from flexgen.plan.machine import (
+    LAYER_OPERATIONS,
+    Curve,
+    Machine,
+    has_device_tier,
+    int8_name,
+    kv_rate_name,
+    rounded_from,
+    sparse_rate_name,
+)
 from flexgen.plan.model import ModelSpec
 from flexgen.plan.policy import Policy
 from flexgen.plan.price.weights import active_share
@@ -57,6 +66,7 @@ class Expectation:
         self._kv_name = dtype if spec.kv_format is None else kv_rate_name(dtype, spec.kv_format)
         self._expansion = spec.exact_kv_bytes_per_token / max(spec.kv_bytes_per_token, 1)
         self._num_layers = sum(group.num_layers for group in spec.kv_groups)
+        self._issuing_seconds = _issuing_seconds(spec, machine, self._num_layers)
         elementwise = machine.elementwise.get(dtype, machine.host_memory).typical
         self._token_seconds = self._num_layers * elementwise_bytes(spec.hidden_size, spec.intermediate_size, dtype) / elementwise
         self._score_seconds = PASSES_PER_LOGIT * LOGIT_BYTES * spec.vocab_size / elementwise
@@ -121,13 +131,13 @@ class Expectation:
         compute = compute + work.num_tokens * self._token_seconds + work.attention_flops / self._attention
         compute = compute + self._steps_seconds("device", work.step_flops, work.step_bytes, work.sparse_step_bytes)
         compute = compute + work.device_decoded_bytes / self._device_decoding
-        lead = micro_batches * self._num_layers * overheads.per_layer_and_micro_batch + work.num_streamed_units * overheads.per_unit
+        lead = micro_batches * self._issuing_seconds + work.num_streamed_units * overheads.per_unit
         lead = lead + work.num_sequences * overheads.per_sequence
         lead = lead + work.num_tokens * overheads.per_gathered_row * (not policy.embedding_resident)
         host = self._steps_seconds("host", work.host_step_flops, work.host_step_bytes, work.host_sparse_step_bytes)
         host = host + work.decoded_bytes / self._decoding
         working = work.disk_read_bytes * machine.disk_core_seconds_per_byte + work.num_disk_requests * machine.disk_request.core_seconds
-        host = host + working / machine.cores
+        host = host + working / machine.cores + work.gathered_bytes / machine.host_memory.typical
         if not has_device_tier(policy.device):
             compute, host, lead = compute + host + lead, 0.0, 0.0
         memory = machine.host_memory
@@ -187,6 +197,16 @@ class Expectation:
         return None if share is None else self.machine.decode_attention.get(place, {}).get(sparse_rate_name(self._kv_name, share))
 
 
+def _issuing_seconds(spec: ModelSpec, machine: Machine, num_layers: int) -> float:
+    """Return the seconds that issuing a micro-batch's work takes: that of layers as they were measured, more or less for other layers.
+
+    The launches of a measured layer are part of its seconds, so only the difference in operations counts.
+    """
+    overheads = machine.overheads
+    others = spec.operations - num_layers * LAYER_OPERATIONS if spec.operations else 0
+    return max(num_layers * overheads.per_layer_and_micro_batch + others * overheads.per_operation, 0.0)
+
+
 def _dense_seconds(flops_by_share: dict[float, float], rates: Curve, tokens: Any, rows: Any) -> Any:
     """Return the seconds of linear layers; experts see their share of the rows."""
     return sum(tokens * flops / rate_at(rates, rows * share) for share, flops in flops_by_share.items())
@@ -204,10 +224,29 @@ def decoding_rate(spec: ModelSpec, machine: Machine, dtype: str) -> float:
 
 
 def device_decoding_rate(spec: ModelSpec, machine: Machine, dtype: str) -> float:
-    """Return the bytes/s of decoded numbers where the device decodes a model's units; infinite where none of its formats was measured."""
+    """Return the bytes/s of decoded numbers where the device decodes a model's units; infinite where it decodes none.
+
+    A format that was not measured is estimated: decoding it takes as long as elementwise operations take to read what is stored and to
+    write the numbers.
+    """
+    sizes = _device_formats(spec)
+    units = [unit for unit in spec.units if unit.encoded_bytes is not None]
+    stored = sum(unit.carried_bytes for unit in units) / max(sum(unit.decoded_bytes for unit in units), 1)
+    estimate = machine.elementwise.get(dtype, machine.host_memory).typical / (1 + stored)
+    known = {name: rate.typical for name in sizes if (rate := machine.device_casts.get(f"{name} {dtype}")) is not None}
+    seconds = sum(size / known.get(name, estimate) for name, size in sizes.items())
+    return sum(sizes.values()) / seconds if seconds else math.inf
+
+
+def estimated_on_device(spec: ModelSpec, machine: Machine, dtype: str) -> list[str]:
+    """Return the formats for which `device_decoding_rate` has an estimate only."""
+    return [name for name in _device_formats(spec) if f"{name} {dtype}" not in machine.device_casts]
+
+
+def _device_formats(spec: ModelSpec) -> dict[str, int]:
+    """Return the decoded bytes by format; what is stored in another dtype is cast by the host, before the link."""
     sizes = spec.decoded_from or {spec.number_format: 1}
-    known = {name: rate for name in sizes if (rate := machine.device_casts.get(f"{name} {dtype}")) is not None}
-    return sum(sizes[name] for name in known) / sum(sizes[name] / rate.typical for name, rate in known.items()) if known else math.inf
+    return {name: size for name, size in sizes.items() if name not in DTYPE_BYTES}
 
 
 def _decoding_rate(stored: str, machine: Machine, dtype: str) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,6 +62,22 @@ def attended_tokens(prompt_len: Any, output_len: Any, window: float) -> Any:
     return prompt_len * ramp + ramp * (ramp + 1) / 2 + window * (output_len - 1 - ramp)
 
 
+def earlier_tokens(found_len: Any, own_len: Any, window: Any, chunk_tokens: Any) -> Any:
+    """Return how many tokens that are stored before them the chunks of prompts see.
+
+    A last chunk of a single token does not count, because it is computed as a next token is.
+
+    Args:
+        found_len: The tokens before the prompts' own, which others have computed.
+        own_len: The tokens that are computed.
+        window: The number of visible tokens.
+        chunk_tokens: The tokens of a chunk.
+    """
+    number = np.where(chunk_tokens > 1, own_len // chunk_tokens + (own_len % chunk_tokens > 1), 0)
+    within = np.clip(-((found_len - window + 1) // chunk_tokens), 0, number)  # the chunks that see all tokens before them
+    return within * found_len + chunk_tokens * (within * (within - 1) // 2) + (number - within) * (window - 1)
+
+
 def is_next_token(prompt_len: Any, found_len: Any) -> Any:
     """Return whether a prompt is computed as next tokens are, because only one of its tokens has not been computed by others."""
     return (found_len > 0) & (prompt_len - found_len == 1)
@@ -78,6 +95,8 @@ class RequestLoad:
         next_tokens: The number of tokens that are computed after the prompt, or alone after a prefix that others computed.
         prompt_pairs: The visible pairs of the prompts, per KV group.
         attended_tokens: The visible tokens of the next tokens, per KV group.
+        earlier_tokens: The visible tokens before prompts and before later chunks of them, per KV group, by home of the KV: beside a device
+            prompts whose KV goes to disk have no chunks. Empty where that is not wanted.
         num_sampled: The number of tokens that are generated.
         num_scored: The number of positions at which known tokens are scored.
     """
@@ -87,24 +106,35 @@ class RequestLoad:
     next_tokens: Any
     prompt_pairs: tuple[Any, ...]
     attended_tokens: tuple[Any, ...]
+    earlier_tokens: Mapping[str, tuple[Any, ...]]
     num_sampled: Any
     num_scored: Any
 
     @staticmethod
-    def of(spec: ModelSpec, workload: Workload) -> RequestLoad:
-        """Return the load of each request of a job."""
+    def of(spec: ModelSpec, workload: Workload, micro_batch_tokens: int | None = None) -> RequestLoad:
+        """Return the load of each request of a job.
+
+        Args:
+            spec: The model.
+            workload: The job.
+            micro_batch_tokens: The tokens of a chunk of a prompt beside a device; None to leave `earlier_tokens` empty.
+        """
         prompts, found = np.array(workload.prompt_lens, dtype=np.float64), np.array(workload.found_lens, dtype=np.float64)
         outputs = np.array(workload.answer_lens, dtype=np.float64)
         windows = [float(group.window or (prompts + outputs).max()) for group in spec.kv_groups]
         alone = is_next_token(prompts, found).astype(np.float64)
         pairs = [visible_pairs(prompts, window) - visible_pairs(found, window) for window in windows]
         attended = [attended_tokens(prompts, outputs, window) for window in windows]
+        chunks = {} if micro_batch_tokens is None else {"host": float(micro_batch_tokens), "disk": prompts - found}
         return RequestLoad(
             prompt_tokens=(prompts - found) * (1 - alone),
             num_prompts=1 - alone,
             next_tokens=outputs - 1 + alone,
             prompt_pairs=tuple(each * (1 - alone) for each in pairs),
             attended_tokens=tuple(each + alone * np.minimum(prompts, window) for each, window in zip(attended, windows, strict=True)),
+            earlier_tokens={
+                home: tuple(earlier_tokens(found, prompts - found, window, chunk) for window in windows) for home, chunk in chunks.items()
+            },
             num_sampled=np.array(workload.sampled_lens, dtype=np.float64),
             num_scored=np.array(workload.scored_lens or (0,) * len(workload), dtype=np.float64),
         )
@@ -119,6 +149,7 @@ class RequestLoad:
             next_tokens=1.0 - entering,
             prompt_pairs=tuple(float(pairs.sum()) / passes for pairs in self.prompt_pairs),
             attended_tokens=tuple(float(tokens.sum()) / passes for tokens in self.attended_tokens),
+            earlier_tokens={home: tuple(float(tokens.sum()) / passes for tokens in counts) for home, counts in self.earlier_tokens.items()},
             num_sampled=float(self.num_sampled.sum()) / passes,
             num_scored=float(self.num_scored.sum()) / passes,
         )
@@ -131,6 +162,7 @@ class RequestLoad:
             next_tokens={home: self.next_tokens * times},
             prompt_pairs=[pairs * times for pairs in self.prompt_pairs],
             attended_tokens={home: [tokens * times for tokens in self.attended_tokens]},
+            earlier_tokens={home: [tokens * times for tokens in self.earlier_tokens[home]]} if home in self.earlier_tokens else {},
             num_sampled=self.num_sampled * times,
             num_scored=self.num_scored * times,
         )

@@ -18,6 +18,10 @@ from flexgen.plan.machine import Machine, has_device_tier, int8_name
 from flexgen.plan.model import KVGroupSpec, ModelSpec
 from flexgen.plan.policy import LEAST_KEPT, Policy
 
+# Earlier keys and values for a prompt on a device are read in their pages, written side by side in the dtype of computing, and read and
+# written again into the memory from which the link takes them.
+GATHERED_COPIES = 3
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PassWork:
@@ -39,6 +43,7 @@ class PassWork:
         host_sparse_step_bytes: Those of them that count as attended to sparsely.
         host_memory_bytes: The bytes that cross the host's memory bus: disk transfers, copies, decoding, and the KV that next tokens attend
             to where it lives on the host (weights read by a matrix product are part of its rate).
+        gathered_bytes: The bytes that the host reads and writes to gather earlier keys and values for prompts on a device.
         decoded_bytes: The bytes that decode stages of the host yield.
         device_decoded_bytes: The bytes that those of a device yield.
         num_tokens: The tokens that are computed, prompts included.
@@ -65,6 +70,7 @@ class PassWork:
     host_step_bytes: float = 0
     host_sparse_step_bytes: float = 0
     host_memory_bytes: float = 0
+    gathered_bytes: float = 0
     decoded_bytes: float = 0
     device_decoded_bytes: float = 0
     num_tokens: float = 0
@@ -92,6 +98,8 @@ class PassLoad:
         attended_tokens: The visible tokens of the next tokens, by home tier and then per KV group.
         repeated_tokens: The attended tokens on disk that need no read of their own, because another sequence of the micro-batch reads them;
             indexed like `attended_tokens`.
+        earlier_tokens: The visible tokens before prompts and before later chunks of them, which others or earlier chunks have stored;
+            indexed like `attended_tokens`. Homes may be left out where that is not wanted.
         num_sampled: The number of positions that yield a token.
         num_scored: The number of positions at which known tokens are scored.
     """
@@ -102,6 +110,7 @@ class PassLoad:
     prompt_pairs: Sequence[Any]
     attended_tokens: Mapping[str, Sequence[Any]]
     repeated_tokens: Mapping[str, Sequence[Any]] = field(default_factory=dict[str, Sequence[Any]])
+    earlier_tokens: Mapping[str, Sequence[Any]] = field(default_factory=dict[str, Sequence[Any]])
     num_sampled: Any
     num_scored: Any = 0
 
@@ -114,6 +123,12 @@ def attended_flops(groups: Sequence[KVGroupSpec], pairs: Sequence[Any]) -> Any:
 def attended_bytes(groups: Sequence[KVGroupSpec], tokens: Sequence[Any]) -> Any:
     """Return the KV bytes that next tokens with `tokens` visible tokens per group see."""
     return sum(group.num_layers * group.bytes_per_token * each for group, each in zip(groups, tokens, strict=True))
+
+
+def exact_bytes(groups: Sequence[KVGroupSpec], tokens: Sequence[Any]) -> Any:
+    """Return the KV bytes of `tokens` tokens per group in the dtype of computing."""
+    sizes = [group.num_layers * (group.exact_bytes_per_token or group.bytes_per_token) for group in groups]
+    return sum(size * each for size, each in zip(sizes, tokens, strict=True))
 
 
 def sparse_bytes(spec: ModelSpec, tokens: Sequence[Any], num_steps: Any) -> Any:
@@ -153,6 +168,7 @@ def price(load: PassLoad, spec: ModelSpec, policy: Policy, weights: PassWork) ->
     to_device, to_host = weights.host_to_device_bytes, weights.device_to_host_bytes
     steps: dict[str, Any] = {f"{where}{kind}": 0 for where in ("", "host_") for kind in ("step_flops", "step_bytes", "sparse_step_bytes")}
     requests: Any = 0
+    gathered: Any = 0
     if not policy.embedding_resident:
         rows = tokens * spec.embedding_row_bytes
         disk_read = disk_read + rows
@@ -177,6 +193,10 @@ def price(load: PassLoad, spec: ModelSpec, policy: Policy, weights: PassWork) ->
         if has_device_tier(device):
             to_host = to_host + new_tokens * spec.exact_kv_bytes_per_token + load.next_tokens[home] * crossing
             to_device = to_device + load.next_tokens[home] * crossing
+            if home in load.earlier_tokens:
+                crosses = exact_bytes(groups, load.earlier_tokens[home])
+                moved = attended_bytes(groups, load.earlier_tokens[home]) + GATHERED_COPIES * crosses
+                gathered, to_device, memory = gathered + moved, to_device + crosses, memory + moved + crosses
         if home == "disk":
             fetched = read - attended_bytes(groups, load.repeated_tokens[home]) if home in load.repeated_tokens else read
             fetched, written = fetched * spec.disk_kv_growth, written * spec.disk_kv_growth
@@ -194,6 +214,7 @@ def price(load: PassLoad, spec: ModelSpec, policy: Policy, weights: PassWork) ->
         int8_flops=tokens * in_int8,
         attention_flops=attended_flops(groups, load.prompt_pairs),
         host_memory_bytes=memory,
+        gathered_bytes=gathered,
         decoded_bytes=weights.decoded_bytes,
         device_decoded_bytes=weights.device_decoded_bytes,
         num_tokens=tokens,

@@ -85,9 +85,8 @@ class Search:
     def __init__(self, space: Space, *, patience: float = 1.0) -> None:
         self.space, self.player = space, Player(space)
         self._patience = patience
-        self._mean = RequestLoad.of(space.spec, space.workload).mean()
         self._found: dict[Point, None] = {}
-        self._solved = functools.cache(functools.partial(steady_states, space, self.player.expectation, self._mean))
+        self._mean, self._solved = functools.cache(self._mean_load), functools.cache(self._solve)
 
     def best(self, bounds: Bounds) -> Solution:
         """Return the best policy within `bounds`.
@@ -191,6 +190,14 @@ class Search:
         """Return the best steady states; where the time of passes is bounded, at several paces."""
         bounds = [None] if pass_seconds is None else [pace * pass_seconds for pace in PACES]
         return [state for each in bounds for state in self._solved(micro_batch_tokens, pass_seconds=each)]
+
+    def _mean_load(self, micro_batch_tokens: int | None) -> RequestLoad:
+        return RequestLoad.of(self.space.spec, self.space.workload, micro_batch_tokens).mean()
+
+    def _solve(self, micro_batch_tokens: int, *, pass_seconds: float | None = None, near: float | None = None) -> list[tuple[Steady, bool]]:
+        """Return what `steady_states` does; beside a device the load depends on how prompts are cut."""
+        mean = self._mean(None if self.space.on_cpu else micro_batch_tokens)
+        return steady_states(self.space, self.player.expectation, mean, micro_batch_tokens, pass_seconds=pass_seconds, near=near)
 
     def _begun(self, micro_batch_tokens: int, caps: Sequence[float], pass_seconds: float | None) -> Iterator[Point]:
         """Yield points to begin with, each with a different policy."""
