@@ -90,6 +90,13 @@ def test_what_fits_the_device_is_said() -> None:
     assert "an engine made for that (vLLM, SGLang) will be faster" in fits.stdout
 
 
+def test_rates_that_are_estimated_are_said_to_be() -> None:
+    job = ("--machine", "rtx3060-12gb-32gb", "--num-requests", 50, *QUICK)
+    note = "note: how fast the device decodes mxfp4 was not measured: it is estimated from the rate of its memory"
+    assert note in flexgen("plan", "gpt-oss-20b", *job).stdout
+    assert "how fast the device decodes" not in flexgen("plan", "llama-3-8b", *job).stdout
+
+
 def test_a_machine_without_bfloat16_computes_in_float16() -> None:
     job = ("plan", "llama-3-8b", "--machine", "t4-gcp", "--num-requests", 50, *QUICK)
     auto = flexgen(*job)

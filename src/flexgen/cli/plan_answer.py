@@ -99,5 +99,12 @@ def _flags(formats: Formats) -> str:
 
 
 def _about_devices(plan: Plan) -> Iterator[str]:
-    if plan.policy.device != "cpu" and plan.policy.weights.device == plan.policy.kv.device == 1:
+    from flexgen.plan.price.pass_time import estimated_on_device
+
+    policy = plan.policy
+    if policy.device == "cpu":
+        return
+    if policy.weights.device < 1 and (estimated := estimated_on_device(plan.spec, plan.machine, policy.dtype)):
+        yield f"how fast the device decodes {', '.join(estimated)} was not measured: it is estimated from the rate of its memory"
+    if policy.weights.device == policy.kv.device == 1:
         yield "weights and KV cache fit the device: an engine made for that (vLLM, SGLang) will be faster"

@@ -125,7 +125,7 @@ class RequestLoad:
         alone = is_next_token(prompts, found).astype(np.float64)
         pairs = [visible_pairs(prompts, window) - visible_pairs(found, window) for window in windows]
         attended = [attended_tokens(prompts, outputs, window) for window in windows]
-        chunks = {} if micro_batch_tokens is None else {"host": float(micro_batch_tokens), "disk": prompts - found}
+        chunks: dict[str, Any] = {} if micro_batch_tokens is None else {"host": float(micro_batch_tokens), "disk": prompts - found}
         return RequestLoad(
             prompt_tokens=(prompts - found) * (1 - alone),
             num_prompts=1 - alone,
