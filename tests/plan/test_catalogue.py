@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from flexgen.errors import OptionError
@@ -129,7 +131,10 @@ def test_kv_of_a_token() -> None:
 
 @pytest.mark.parametrize("name", ["opt-125m", "opt-350m", "llama-3-8b", "gpt-oss-20b", "qwen3-30b-a3b", "qwen3-32b", "llama-3.2-3b"])
 def test_the_command_would_write_the_same(name: str) -> None:
-    assert described(name) == catalogue_spec(name)
+    """But for how many operations another release of transformers takes."""
+    written, shipped = described(name), catalogue_spec(name)
+    assert written.operations == pytest.approx(shipped.operations, rel=0.15)
+    assert dataclasses.replace(written, operations=shipped.operations) == shipped
 
 
 def test_an_unknown_name_lists_the_known_ones() -> None:

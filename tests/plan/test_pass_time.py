@@ -129,6 +129,7 @@ def test_what_a_device_decodes_takes_time_there(make_spec, make_machine, make_po
     compute = Expectation(spec, machine, "bfloat16").apart(work, make_policy(device="cuda"))["compute"]
     assert float(compute) == pytest.approx(wanted)
     assert estimated_on_device(spec, machine, "bfloat16") == estimated
+    assert estimated_on_device(make_spec(decoded_from=decoded_from), machine, "bfloat16") == [], "the host decodes all of it"
 
 
 @pytest.mark.parametrize(

@@ -244,7 +244,9 @@ def estimated_on_device(spec: ModelSpec, machine: Machine, dtype: str) -> list[s
 
 
 def _device_formats(spec: ModelSpec) -> dict[str, int]:
-    """Return the decoded bytes by format; what is stored in another dtype is cast by the host, before the link."""
+    """Return the decoded bytes by format; the host casts what is stored in another dtype, and decodes what does not cross as stored."""
+    if all(unit.encoded_bytes is None for unit in spec.units):
+        return {}
     sizes = spec.decoded_from or {spec.number_format: 1}
     return {name: size for name, size in sizes.items() if name not in DTYPE_BYTES}
 
