@@ -53,7 +53,7 @@ def format_report(report: RunReport, done: str = "") -> str:
 
 def serially(report: RunReport) -> list[str]:
     """Return that computing and copies waited for each other, if they did."""
-    return [] if report.overlapping else ["without overlap: copies and computing waited for each other, while the plan expects them side by side"]
+    return [] if report.overlapping else ["without overlap: copies and computing waited for each other, which no plan expects"]
 
 
 def _formats(report: RunReport) -> list[str]:
