@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -162,8 +163,6 @@ def test_launchers_take_their_command_lines(tmp_path: Path) -> None:
         "flexgen-0.1.8-48x3": run_flexgen, "accelerate-opt-30b": run_accelerate, "deepspeed-opt-30b": run_deepspeed,
         "vllm-opt-30b": run_vllm, "llama.cpp": run_llama,
     }.items():  # fmt: skip
-        import argparse
-
         parser = argparse.ArgumentParser(exit_on_error=False)
         launcher.options(parser)
         arguments = steps[name].command[3:]
@@ -222,6 +221,7 @@ def stand_in(folder: Path, body: str) -> Path:
     package = folder / "flexgen"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("")
+    (folder / "attr.py").write_text("")
     (package / "compression.py").write_text("".join(f"# {text}\n" for text, _ in run_flexgen.REPAIRS["flexgen.compression"]))
     (package / "pytorch_backend.py").write_text("def cpu_mem_stats():\n    raise RuntimeError('it does not bear some object')\n")
     (package / "flex_opt.py").write_text(

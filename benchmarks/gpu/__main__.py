@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 
-from flexgen.base.quantities import parse_seconds
+from flexgen.base.quantities import parse_seconds, parse_size
 
 from . import __doc__ as usage
 from .execute import DONE, SKIPPED, run_steps
@@ -32,6 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--list", action="store_true", help="only list the steps, with their commands, and why one is left out")
     parser.add_argument("--peers", type=Path, metavar="DIR", help="a folder with packages of peers, such as the original FlexGen's")
     parser.add_argument("--peer-python", metavar="PYTHON", default=sys.executable, help="the Python that runs peers; default: this one")
+    parser.add_argument("--peer-host-mem", type=parse_size, metavar="SIZE", help="host memory that peers may use; default: what is free")
     parser.add_argument("--llama-batched-bench", type=Path, metavar="PATH", help="the program, from a build of llama.cpp for CUDA")
     parser.add_argument("--gguf", type=Path, metavar="FILE", help="the model for it")
     parser.add_argument("--gpu-layers", type=int, default=0, metavar="N", help="the layers of that model that the GPU holds")
@@ -42,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
     out = asked.out.resolve()
     peers = Peers(
         python=asked.peer_python, packages=asked.peers and asked.peers.resolve(), program=asked.llama_batched_bench, gguf=asked.gguf,
-        gpu_layers=asked.gpu_layers, host_bytes=psutil.virtual_memory().available,
+        gpu_layers=asked.gpu_layers, host_bytes=asked.peer_host_mem or psutil.virtual_memory().available,
     )  # fmt: skip
     setting = Setting(out=out, device=asked.device, tiny=asked.tiny, peers=peers, options=tuple(asked.options))
     steps = setting.steps()
