@@ -23,7 +23,7 @@ WORKSPACE_BYTES = 3 << 30  # of the GPU, for activations and for the layer that 
 def run(asked: argparse.Namespace) -> dict[str, Any]:
     """Answer one batch, and return its figures."""
     import torch
-    from accelerate import dispatch_model, infer_auto_device_map
+    from accelerate import dispatch_model, infer_auto_device_map  # pyright: ignore[reportMissingImports]
 
     limit_device(asked.device_bytes)
     start = time.perf_counter()

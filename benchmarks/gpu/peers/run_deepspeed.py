@@ -43,7 +43,7 @@ def settings(hidden_size: int, batch: int, dtype: str, *, pin_memory: bool) -> d
 def run(asked: argparse.Namespace) -> dict[str, Any]:
     """Answer one batch, and return its figures."""
     os.environ.update({name: value for name, value in ALONE.items() if name not in os.environ})
-    import deepspeed
+    import deepspeed  # pyright: ignore[reportMissingImports]
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.integrations import HfDeepSpeedConfig

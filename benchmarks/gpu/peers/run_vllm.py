@@ -25,7 +25,7 @@ def run(asked: argparse.Namespace) -> dict[str, Any]:
     """Answer all prompts twice, the first time with one token each, and return the figures of the second."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     import torch
-    from vllm import LLM, SamplingParams
+    from vllm import LLM, SamplingParams  # pyright: ignore[reportMissingImports]
 
     start = time.perf_counter()
     total = torch.cuda.get_device_properties(0).total_memory
