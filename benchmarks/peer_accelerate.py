@@ -12,18 +12,8 @@ import time
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, StoppingCriteria, StoppingCriteriaList
-
-
-class Clock(StoppingCriteria):
-    """Called by `generate` after every token; notes when, stops nothing."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: object) -> torch.Tensor:  # pyright: ignore
-        self.times.append(time.perf_counter())
-        return torch.zeros(len(input_ids), dtype=torch.bool)
+from generation import timed_generation
+from transformers import AutoModelForCausalLM
 
 
 def tell(**event: object) -> None:
@@ -57,29 +47,11 @@ def main() -> None:
         places = list(getattr(model, "hf_device_map", {}).values())
         tell(event="loaded", seconds=time.perf_counter() - started, modules=len(places), disk_modules=places.count("disk"))
         for batch in prompts.split(args.batch)[: args.max_batches]:
-            seconds = time_batch(model, batch, args.output_tokens)
+            timed = timed_generation(model, batch, args.output_tokens)
+            seconds = timed.prefill_seconds + timed.decode_seconds
+            tell(event="batch", requests=timed.requests, steps=timed.tokens, seconds=seconds, prefill_seconds=timed.prefill_seconds)
             if time.perf_counter() - started + seconds > args.time_limit:
                 break
-
-
-def time_batch(model: torch.nn.Module, ids: torch.Tensor, output_tokens: int) -> float:
-    """Generate exactly `output_tokens` for each row of `ids`, tell the times, return the seconds."""
-    clock = Clock()
-    started = time.perf_counter()
-    output = model.generate(  # pyright: ignore
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=output_tokens,
-        min_new_tokens=output_tokens,
-        do_sample=False,
-        pad_token_id=0,
-        stopping_criteria=StoppingCriteriaList([clock]),
-    )
-    seconds = time.perf_counter() - started
-    steps = output.shape[1] - ids.shape[1]
-    assert steps == output_tokens == len(clock.times), (steps, len(clock.times))
-    tell(event="batch", requests=len(ids), steps=steps, seconds=seconds, prefill_seconds=clock.times[0] - started)
-    return seconds
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from int4 import INT4
 from record import DEFAULT_TOKENS
 
 from flexgen.base.quantities import GIB
@@ -48,18 +49,6 @@ class Shape:
 
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "opt": "OPTForCausalLM", "gpt_oss": "GptOssForCausalLM"}
-# Weights of 4 bits in groups of 128, as compressed-tensors packs them.
-INT4: dict[str, Any] = {
-    "quant_method": "compressed-tensors",
-    "format": "pack-quantized",
-    "config_groups": {
-        "group_0": {
-            "targets": ["Linear"],
-            "weights": {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 128},
-        }
-    },
-    "ignore": ["lm_head"],
-}
 PROMPT_TOKENS, OUTPUT_TOKENS = DEFAULT_TOKENS
 
 

@@ -1,15 +1,16 @@
 """`flexgen bench steady` against a full run: the same passes of the same job under the same plan, one after the other.
 
-    python benchmarks/steady.py --scratch DIR [--shape llama-tiny] [--weights host=.5,disk=.5]
+    python benchmarks/steady.py --scratch DIR [--shape llama-tiny] [--weights host=.5,disk=.5]      # measures, then prints the table
+    python benchmarks/steady.py --table                                                             # the table of the last result
 
 One engine measures passes in the middle of a job of random prompts without those before them, then the whole job, then the passes again.
-Of the full run those passes are taken that the others stand for.  One JSON line, without a memory cgroup.
+Of the full run those passes are taken that the others stand for.  One JSON line, without a memory cgroup.  It says how many cores other
+programs used meanwhile: a result with more than a few hundredths is one of a busy machine.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -30,7 +31,8 @@ DEFAULT_RESULTS = Path(__file__).parent / "results" / "steady.jsonl"
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scratch", type=Path, required=True, help="folder for random weights, on the disk to be measured")
+    parser.add_argument("--scratch", type=Path, help="folder for random weights, on the disk to be measured")
+    parser.add_argument("--table", action="store_true", help="only print the table of the last result")
     parser.add_argument("--shape", choices=SHAPES, default="llama-tiny")
     parser.add_argument("--host-mem", default="1GiB")
     parser.add_argument("--num-prompts", type=int, default=200)
@@ -40,6 +42,12 @@ def main() -> int:
     parser.add_argument("--results", type=Path, default=DEFAULT_RESULTS)
     parser.add_argument("--weights", help="homes of the weights; default: planned")
     asked = parser.parse_args()
+    results = Results(asked.results)
+    if asked.table:
+        print(format_table(results.read()[-1]))
+        return 0
+    if asked.scratch is None:
+        parser.error("--scratch DIR says where weights are written")
     folder = asked.scratch / f"{asked.shape}-config"
     SHAPES[asked.shape].hf_config().save_pretrained(folder)
     options: dict[str, Any] = {"load_format": "dummy", "host_mem": asked.host_mem, "offload_dir": str(asked.scratch), "device": "cpu"}
@@ -50,14 +58,37 @@ def main() -> int:
         before = _steady(llm, workload, asked.warmup, asked.passes)
         first = before["skipped_passes"] + asked.warmup
         full = _full(llm, workload, first, asked.passes)
-        full["output_tokens_per_s"] = sum(before["sequences"]) / sum(full["seconds"])  # the passes carry the same
+        full |= {"output_tokens_per_s": sum(before["sequences"]) / sum(full["seconds"]), "warmup": asked.warmup}  # they carry the same
         after = _steady(llm, workload, asked.warmup, asked.passes)
     row = {
         "benchmark": "steady", "shape": asked.shape, "host_mem": asked.host_mem, "num_prompts": asked.num_prompts, "tokens": asked.tokens,
         "passes": asked.passes, "before": before, "full": full, "after": after,
     }  # fmt: skip
-    print(json.dumps(Results(asked.results).append(row), indent=2))
+    print(format_table(results.append(row)))
     return 0
+
+
+def format_table(row: dict[str, Any]) -> str:
+    """The table of docs/benchmarks.md, in Markdown."""
+    full, first = row["full"], row["before"]["skipped_passes"] + row["full"]["warmup"]
+    seen = f"passes {first + 1} to {first + row['passes']} of the full run of {full['num_passes']}"
+    lines = [("`bench steady` before", row["before"], ""), (seen, full, f"{full['whole_seconds']:.0f}")]
+    lines += [("`bench steady` after", row["after"], f"{row['after']['whole_seconds']:.0f}")]
+    busy = "unknown" if full["busy_cores"] is None else f"{full['busy_cores']:.2f}"
+    return "\n".join(
+        [
+            f"{row['shape']}, {row['host_mem']}, {row['num_prompts']} x ({row['tokens']}) tokens, {row['date']}, cores that other programs "
+            f"used: {busy}; over the whole full run {full['job_tokens_per_s']:.1f} output tokens/s",
+            "",
+            "| what | output tokens/s in these passes | median of a pass | seconds in all | overlap | plan | efficiency |",
+            "|---|---|---|---|---|---|---|",
+            *(
+                f"| {what} | {each['output_tokens_per_s']:.1f} | {each['median_seconds']:.2f} s | {seconds} | "
+                f"{each['overlap']:.2f} | {each['plan']:.2f} | {each['efficiency']:.2f} |"
+                for what, each, seconds in lines
+            ),
+        ]
+    )
 
 
 def _steady(llm: LLM, workload: Workload, warmup: int, passes: int) -> dict[str, Any]:
@@ -92,6 +123,7 @@ def _full(llm: LLM, workload: Workload, first: int, passes: int) -> dict[str, An
         "whole_seconds": ends[-1] - start, "num_passes": report.num_passes, "seconds": middle,
         "median_seconds": statistics.median(middle),
         "job_tokens_per_s": report.output_tokens_per_s, "overlap": report.overlap, "plan": report.plan, "efficiency": report.efficiency,
+        "busy_cores": report.busy_cores, "check_rates": report.check_rates,
     }  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import sys
@@ -14,7 +15,10 @@ import pytest
 from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.execute import driver_peak, run_steps
 from benchmarks.gpu.links import Copies, behind, launches, pinning, rates, reads
-from benchmarks.gpu.steps import MODELS, TINY, Setting, Step
+from benchmarks.gpu.models import CAPS, MODELS, TINY, write_configs
+from benchmarks.gpu.peers.commands import Peers
+from benchmarks.gpu.step import Step
+from benchmarks.gpu.steps import Setting
 from benchmarks.gpu.table import format_table
 
 
@@ -49,17 +53,18 @@ def test_a_failure_stops_no_other_step_and_is_tried_again(tmp_path: Path) -> Non
     steps = [
         step("wrong", "import sys; sys.exit('no such thing')"),
         step("missing", "", command=("no-such-program",)),
-        step("text", "print('total throughput: 12.5 token/s')"),
+        step("text", "print('no JSON')"),
+        step("peer", 'print(\'{"peer": "x", "output_tokens_per_s": 12.5, "sequences": 24, "peak_device_bytes": 1073741824}\')'),
         step("not here", "", skipped="no peer"),
     ]
-    wanted = [("wrong", "failed"), ("missing", "failed"), ("text", "done"), ("not here", "skipped")]
+    wanted = [("wrong", "failed"), ("missing", "failed"), ("text", "done"), ("peer", "done"), ("not here", "skipped")]
     assert run(steps, tmp_path) == wanted
     found = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name, _ in wanted}
     assert found["wrong"]["why"] == "it ended with 1: no such thing"
     assert found["not here"]["why"] == "no peer"
-    assert found["text"]["result"] == {"text": "total throughput: 12.5 token/s\n"}
+    assert found["text"]["result"] == {"text": "no JSON\n"}
     table = format_table(found.values())
-    assert "| text | done | 0 | 12.5 |" in table
+    assert "| peer | done | 0 | 12.50 |  |  | 24 |  |  |  | 1.0 GiB, " in table
     assert "not here: no peer" in table
     steps[0] = step("wrong", "print(1)")
     assert run(steps, tmp_path)[0] == ("wrong", "done")
@@ -96,13 +101,62 @@ def test_every_model_and_schedule_has_a_step(device: str, tmp_path: Path) -> Non
     steps = Setting(out=tmp_path, device=device, tiny=False).steps()
     names = [each.name for each in steps]
     assert len(set(names)) == len(names)
+    assert list(MODELS) == list(TINY)
     assert set(MODELS) <= set(names)
-    assert set(MODELS) == set(TINY)
-    assert [each.skipped for each in steps if each.name.startswith("flexgen-0.1.8")] == [
-        "no environment with FlexGen 0.1.8 is named: --peer-python"
-    ] * 2
-    other = Setting(out=tmp_path, device=device, tiny=False, peer_python=sys.executable).steps()
-    assert all("cannot import flexgen.flex_opt: ModuleNotFoundError" in each.skipped for each in other if each.name[:8] == "flexgen-")
+    assert {f"opt-30b-{each}" for each in ("no-overlap", "no-host-attention", "zigzag", "row")} <= set(names)
+    assert all(each.skipped for each in steps if not each.name.startswith((*MODELS, "facts", "links", "profile")))
+
+
+def test_every_model_is_measured_with_both_lengths_and_both_budgets(tmp_path: Path) -> None:
+    steps = Setting(out=tmp_path, device="cuda", tiny=False).steps()
+    for model in MODELS:
+        found = set[tuple[str, str]]()
+        for each in steps:
+            if each.name.startswith(model) and "zigzag" not in each.name and "row" not in each.name and "no-" not in each.name:
+                flags = dict(itertools.pairwise(each.command))
+                assert flags["--input-len"] == "512"
+                assert "--no-overlap" not in each.command
+                found.add((flags["--device-mem"], flags["--output-len"]))
+        assert found == set(itertools.product(CAPS, ("32", "128"))), model
+
+
+def test_the_most_important_steps_take_a_quarter_of_an_hour(tmp_path: Path) -> None:
+    """In a first run: the machine, the models of the README, the original at its best, and what overlap is worth."""
+    peers = Peers(python="no such python", host_bytes=1 << 40)
+    steps = Setting(out=tmp_path, device="cuda", tiny=False, peers=peers).steps()
+    begins = dict(zip((each.name for each in steps), itertools.accumulate((each.seconds for each in steps), initial=0.0), strict=False))
+    for name in ("facts", "links", "profile", "opt-30b", "flexgen-0.1.8-48x3", "opt-30b-no-overlap", "gpt-oss-120b", "mixtral-8x7b"):
+        assert begins[name] < 900, name
+    assert steps[0].name == "facts"
+
+
+def test_the_step_without_overlap_has_no_other_difference(tmp_path: Path) -> None:
+    steps = {each.name: each for each in Setting(out=tmp_path, device="cuda", tiny=False).steps()}
+    with_overlap, without = (set(steps[name].command) for name in ("opt-30b", "opt-30b-no-overlap"))
+    assert without - with_overlap == {"--no-overlap", str(tmp_path / "opt-30b-no-overlap.trace.json")}
+    assert with_overlap - without == {str(tmp_path / "opt-30b.trace.json")}
+
+
+def test_the_list_says_what_would_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--out", str(tmp_path / "out"), "--list", "--peer-python", "no such python"]) == 0
+    listed = capsys.readouterr().out
+    assert listed.startswith("facts: at 0 s, 10 s: versions")
+    assert "\nlinks: at 10 s, 30 s: " in listed
+    assert "no such python does not run" in listed
+    assert "\nqwen3-30b-a3b-24GiB-512+128: in another run, " in listed
+    assert " bench steady opt-30b --load-format dummy " in listed
+    assert not (tmp_path / "out").exists(), "nothing ran"
+
+
+def test_configs_of_models_that_the_catalogue_lacks(tmp_path: Path) -> None:
+    write_configs(tmp_path, tiny=False)
+    found = {path.parent.name: json.loads(path.read_text()) for path in tmp_path.glob("*/config.json")}
+    assert set(found) == {"opt-30b", "opt-175b-int4"}
+    assert found["opt-30b"]["hidden_size"] == 7168
+    assert found["opt-30b"]["architectures"] == ["OPTForCausalLM"]
+    assert "quantization_config" not in found["opt-30b"]
+    assert (found["opt-175b-int4"]["num_hidden_layers"], found["opt-175b-int4"]["dtype"]) == (96, "float16")
+    assert found["opt-175b-int4"]["quantization_config"]["config_groups"]["group_0"]["weights"]["num_bits"] == 4
 
 
 def test_links_without_a_gpu(tmp_path: Path) -> None:
@@ -121,7 +175,7 @@ def check(out: Path, names: list[str]) -> None:
     for name in names:
         found = json.loads((out / f"{name}.json").read_text())
         assert found["status"] == "done", found["why"]
-        if name.startswith(MODELS):
+        if name.startswith(tuple(MODELS)):
             assert found["result"]["num_errors"] == 0
             assert found["result"]["output_tokens_per_s"] > 0
 

@@ -27,7 +27,7 @@ MEANT = {  # those that mean something
         "prefill_tokens", "max_request_seconds", "max_job_seconds", "allow_formats", "max_model_len", "revision", "trace",
         "trace_passes",
     },
-    "[]": {"allow_formats"}, "-1": {"max_logprobs", "seed"}, "True": {"prefix_sharing", "verify_reads"},
+    "[]": {"allow_formats"}, "-1": {"max_logprobs", "seed"}, "True": {"overlap", "prefix_sharing", "verify_reads"},
 }  # fmt: skip
 
 

@@ -54,10 +54,10 @@ def requests() -> list[TokenRequest]:
 
 
 @contextlib.contextmanager
-def engine_of(folder: Path, policy: Policy, offload_dir: Path, recorder: Recorder | None) -> Iterator[Engine]:
+def engine_of(folder: Path, policy: Policy, offload_dir: Path, recorder: Recorder | None, *, overlap: bool = True) -> Iterator[Engine]:
     model = assemble_model(folder, AutoConfig.from_pretrained(folder), getattr(torch, policy.dtype))
     backend = SimulatedDevice(96 << 20, max_delay_seconds=0.0002) if policy.device == "sim" else None
-    with Engine(model, policy, backend=backend, offload_dir=offload_dir, poison=True, recorder=recorder) as engine:
+    with Engine(model, policy, backend=backend, offload_dir=offload_dir, poison=True, overlap=overlap, recorder=recorder) as engine:
         yield engine
 
 

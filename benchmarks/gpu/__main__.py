@@ -7,12 +7,16 @@ import shutil
 import sys
 from pathlib import Path
 
-from flexgen.base.quantities import parse_seconds
+import psutil
+
+from flexgen.base.quantities import parse_seconds, parse_size
 
 from . import __doc__ as usage
 from .execute import DONE, SKIPPED, run_steps
-from .steps import Setting, why_not, write_tiny_models
-from .table import format_table
+from .models import write_configs
+from .peers.commands import Peers
+from .steps import Setting, why_not
+from .table import format_list, format_table
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -25,22 +29,35 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--step", action="append", metavar="NAME", help="only this step; may be repeated")
     parser.add_argument("--again", action="store_true", help="repeat steps that went well")
     parser.add_argument("--tiny", action="store_true", help="tiny models and copies: tries the steps out")
-    parser.add_argument("--peer-python", metavar="PYTHON", help="the Python of an environment with FlexGen 0.1.8")
+    parser.add_argument("--list", action="store_true", help="only list the steps, with their commands, and why one is left out")
+    parser.add_argument("--peers", type=Path, metavar="DIR", help="a folder with packages of peers, such as the original FlexGen's")
+    parser.add_argument("--peer-python", metavar="PYTHON", default=sys.executable, help="the Python that runs peers; default: this one")
+    parser.add_argument("--peer-host-mem", type=parse_size, metavar="SIZE", help="host memory that peers may use; default: what is free")
+    parser.add_argument("--llama-batched-bench", type=Path, metavar="PATH", help="the program, from a build of llama.cpp for CUDA")
+    parser.add_argument("--gguf", type=Path, metavar="FILE", help="the model for it")
+    parser.add_argument("--gpu-layers", type=int, default=0, metavar="N", help="the layers of that model that the GPU holds")
     parser.add_argument("--options", nargs=argparse.REMAINDER, default=[], help="further options of flexgen bench steady; comes last")
     asked = parser.parse_args(arguments)
-    if why := why_not(asked.device):
+    if not asked.list and (why := why_not(asked.device)):
         parser.error(why)
     out = asked.out.resolve()
-    out.mkdir(parents=True, exist_ok=True)
-    setting = Setting(out=out, device=asked.device, tiny=asked.tiny, peer_python=asked.peer_python, options=tuple(asked.options))
+    peers = Peers(
+        python=asked.peer_python, packages=asked.peers and asked.peers.resolve(), program=asked.llama_batched_bench, gguf=asked.gguf,
+        gpu_layers=asked.gpu_layers, host_bytes=asked.peer_host_mem or psutil.virtual_memory().available,
+    )  # fmt: skip
+    setting = Setting(out=out, device=asked.device, tiny=asked.tiny, peers=peers, options=tuple(asked.options))
     steps = setting.steps()
     names = [step.name for step in steps]
     if unknown := [name for name in asked.step or () if name not in names]:
         parser.error(f"there is no step {unknown[0]}; there are {', '.join(names)}")
-    if asked.tiny:
-        write_tiny_models(out / "models")
+    chosen = [step for step in steps if asked.step is None or step.name in asked.step]
+    if asked.list:
+        print(format_list(chosen, asked.budget))
+        return 0
+    out.mkdir(parents=True, exist_ok=True)
+    write_configs(setting.configs, tiny=asked.tiny)
     try:
-        results = run_steps([step for step in steps if asked.step is None or step.name in asked.step], out, asked.budget, again=asked.again)
+        results = run_steps(chosen, out, asked.budget, again=asked.again)
     finally:
         shutil.rmtree(out / "offload", ignore_errors=True)  # what a step that was ended has left
     print("\n" + format_table(results))

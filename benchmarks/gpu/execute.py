@@ -19,7 +19,7 @@ from typing import Any
 from flexgen.base.quantities import MIB
 
 from ..record import commit
-from .steps import Step
+from .step import Step
 
 ROOT = Path(__file__).resolve().parents[2]
 # A step may take this many times as long as it should; with less than this share of its time left, it does not begin.

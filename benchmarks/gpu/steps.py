@@ -1,54 +1,23 @@
-"""The steps: what each of them runs, and how long that should take."""
+"""The steps in their order, and what they share."""
 
 from __future__ import annotations
 
 import importlib.util
-import json
-import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+
+from .models import CAPS, MODELS, PEERS_MODEL, where
+from .peers.commands import Peers, peer_steps
+from .step import Step
 
 FLEXGEN = (sys.executable, "-m", "flexgen")
 # Cycles of zigzag and row are as long as an answer: fewer passes would have all prompts or none.
 WHOLE_CYCLES = ("zigzag", "row")
-MODELS = ("opt-30b", "gpt-oss-120b", "mixtral-8x7b")
-TINY: dict[str, dict[str, Any]] = {
-    "opt-30b": {
-        "model_type": "opt", "hidden_size": 64, "word_embed_proj_dim": 64, "ffn_dim": 256, "num_hidden_layers": 3,
-        "num_attention_heads": 4, "max_position_embeddings": 512, "vocab_size": 512,
-    },
-    "gpt-oss-120b": {
-        "model_type": "gpt_oss", "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 16,
-        "vocab_size": 512, "max_position_embeddings": 512, "quantization_config": {"quant_method": "mxfp4"},
-    },
-    "mixtral-8x7b": {
-        "model_type": "mixtral", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2, "vocab_size": 512, "max_position_embeddings": 512,
-    },
-}  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Step:
-    """One step.
-
-    Attributes:
-        name: The name, and that of its file.
-        what: What it measures, for people.
-        command: The command; what it prints is its result, as JSON if it is JSON.
-        seconds: About how long it takes.
-        skipped: Why it cannot be run here; empty if it can.
-    """
-
-    name: str
-    what: str
-    command: tuple[str, ...]
-    seconds: float
-    skipped: str = ""
+WHOLE_CYCLES_TAKE = 1.7  # as long as other passes
+NO_OVERLAP = "no-overlap"
+PROMPT_LEN, SHORT, LONG = 512, 32, 128  # tokens of prompts and of answers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,21 +28,49 @@ class Setting:
         out: The folder of the results; random weights that stay on disk, and what is read from the disk, lie below it.
         device: "cuda", "cpu" or "sim".
         tiny: Whether models, jobs and copies are so small that any machine runs them in a minute; their figures mean nothing.
-        peer_python: The Python of an environment with FlexGen 0.1.8; None without one.
+        peers: Where other systems are.
         options: Further options of every `flexgen bench steady`.
     """
 
     out: Path
     device: str
     tiny: bool
-    peer_python: str | None = None
+    peers: Peers = field(default_factory=Peers)
     options: tuple[str, ...] = field(default=())
 
+    @property
+    def configs(self) -> Path:
+        """The folder of the configs that `write_configs` writes."""
+        return self.out / "models"
+
     def steps(self) -> tuple[Step, ...]:
-        """Return all steps in order."""
+        """Return all steps, the most important ones first."""
         return tuple(self._steps())
 
     def _steps(self) -> Iterator[Step]:
+        why = "a tiny trial" if self.tiny else "" if self.device == "cuda" else "peers are compared on a GPU"
+        largest, smaller, *others = peer_steps(self.peers, self.out, self.configs, why)
+        yield from self._machine()
+        second, third, *rest = (name for name in MODELS if name != PEERS_MODEL)
+        yield self._steady(PEERS_MODEL)
+        yield largest
+        yield self._steady(PEERS_MODEL, NO_OVERLAP, "--no-overlap")
+        yield self._steady(second)
+        yield self._steady(third)
+        yield smaller
+        for name in rest:
+            yield self._steady(name)
+        yield self._steady(PEERS_MODEL, "no-host-attention", "--kv", "host=1" if self.device == "cpu" else "device=1")
+        for schedule in WHOLE_CYCLES:
+            yield self._steady(PEERS_MODEL, schedule, "--schedule", schedule)
+        yield from others
+        for own_cap, output_len in ((True, LONG), (False, SHORT), (False, LONG)):
+            for name, model in MODELS.items():
+                cap = model.cap if own_cap else next(each for each in CAPS if each != model.cap)
+                yield self._other(name, cap, output_len)
+
+    def _machine(self) -> Iterator[Step]:
+        """Yield what is measured of the machine itself."""
         python, on = (sys.executable, "-m"), ("--device", self.device)
         small = ("--tiny",) if self.tiny else ()
         yield Step(name="facts", what="versions, memory, disk", command=(*python, "benchmarks.gpu.facts", *on, str(self.out)), seconds=10)
@@ -82,67 +79,35 @@ class Setting:
         dtypes = ("float32",) if self.tiny else ("float16", "bfloat16")
         profile = (*FLEXGEN, "profile", str(self.out), *on, "--json", *(each for name in dtypes for each in ("--dtype", name)))
         yield Step(name="profile", what="rates of the machine", command=(*profile, *(("--quick",) if self.tiny else ())), seconds=60)
-        yield self._steady("opt-30b", "16GiB", 90)
-        yield from self._peers()
-        # Overlap cannot be turned off.
-        yield self._steady("opt-30b", "16GiB", 90, "no-host-attention", "--kv", "host=1" if self.device == "cpu" else "device=1")
-        for schedule in WHOLE_CYCLES:
-            yield self._steady("opt-30b", "16GiB", 150, schedule, "--schedule", schedule)
-        yield self._steady("gpt-oss-120b", "24GiB", 90)
-        yield self._steady("mixtral-8x7b", "24GiB", 90)
 
-    def _steady(self, model: str, device_mem: str, seconds: float, variant: str = "", *options: str) -> Step:
+    def _other(self, model: str, cap: str, output_len: int) -> Step:
+        """Return the step that measures a model with another budget of the device, or other answers, than at first."""
+        why = "a tiny trial" if self.tiny else "there is no budget of a device" if self.device == "cpu" and cap != MODELS[model].cap else ""
+        step = self._steady(model, f"{cap}-{PROMPT_LEN}+{output_len}", cap=cap, output_len=output_len)
+        return replace(step, skipped=why)
+
+    def _steady(self, model: str, variant: str = "", *options: str, cap: str | None = None, output_len: int = SHORT) -> Step:
         """Return the step that measures a model in the middle of a job."""
+        measured = MODELS[model]
         if self.tiny:
-            where, answer, device_mem = str(self.out / "models" / model), 6, "128MiB"
-            job = ["--num-prompts", "60", "--input-len", "24", "--output-len", str(answer), "--max-num-seqs", "8", "--dtype", "float32"]
-            passes = 4
+            input_len, output_len, passes, device_mem = 24, 6, 4, "128MiB"
+            job = ["--num-prompts", "60", "--max-num-seqs", "8", "--dtype", "float32"]
         else:
-            where, answer, passes = model, 32, 12
-            job = ["--num-prompts", "2000", "--input-len", "512", "--output-len", str(answer)]
-        passes = answer if variant in WHOLE_CYCLES else passes
+            input_len, passes, device_mem = PROMPT_LEN, 12, cap or measured.cap
+            job = ["--num-prompts", "2000"]
+        whole = variant in WHOLE_CYCLES
+        passes = output_len if whole else passes
+        job += ["--input-len", str(input_len), "--output-len", str(output_len), "--passes", str(passes)]
         budget = () if self.device == "cpu" else ("--device-mem", device_mem)
         name = f"{model}-{variant}" if variant else model
-        trace = () if variant else ("--trace", str(self.out / f"{name}.trace.json"), "--trace-passes", "0:2")  # those of the warm-up
+        traced = ("--trace", str(self.out / f"{name}.trace.json"), "--trace-passes", "0:2")  # those of the warm-up
         command = (
-            *FLEXGEN, "bench", "steady", where, "--load-format", "dummy", "--offload-dir", str(self.out / "offload"),
-            "--device", self.device, *budget, *job, "--passes", str(passes), "--json", "--progress", "plain",
-            *trace, *options, *self.options,
+            *FLEXGEN, "bench", "steady", where(model, self.configs, tiny=self.tiny), "--load-format", "dummy",
+            "--offload-dir", str(self.out / "offload"), "--device", self.device, *budget, *job, "--json", "--progress", "plain",
+            *(traced if variant in ("", NO_OVERLAP) else ()), *measured.options, *options, *self.options,
         )  # fmt: skip
+        seconds = measured.seconds * (WHOLE_CYCLES_TAKE if whole else 1)
         return Step(name=name, what=f"{passes} passes in the middle of a job", command=command, seconds=seconds)
-
-    def _peers(self) -> Iterator[Step]:
-        """Yield full runs of the original FlexGen, with ones for weights: 20 % of the weights on the device, KV on the host."""
-        why = _why_no_peer(self.peer_python)
-        for num_batches in (1, 3):
-            command = (
-                self.peer_python or "python", "-m", "flexgen.flex_opt", "--model", "facebook/opt-30b", "--path", "_DUMMY_",
-                "--percent", "20", "80", "0", "100", "0", "100", "--gpu-batch-size", "24", "--num-gpu-batches", str(num_batches),
-                "--prompt-len", "512", "--gen-len", "32",
-            )  # fmt: skip
-            name, what = f"flexgen-0.1.8-24x{num_batches}", "the original, a full run"
-            yield Step(name=name, what=what, command=command, seconds=130, skipped=why or ("a tiny trial" if self.tiny else ""))
-
-
-def _why_no_peer(python: str | None) -> str:
-    """Return why the original FlexGen cannot be run; empty if it can.  It has the name of our package, so it needs its own environment."""
-    if python is None:
-        return "no environment with FlexGen 0.1.8 is named: --peer-python"
-    try:
-        found = subprocess.run([python, "-c", "import flexgen.flex_opt"], capture_output=True, text=True, check=False, timeout=60)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return f"{python} does not run: {error}"
-    if found.returncode == 0:
-        return ""
-    return f"{python} cannot import flexgen.flex_opt: {found.stderr.strip().rpartition(chr(10))[2]}"
-
-
-def write_tiny_models(folder: Path) -> None:
-    """Write the configs of tiny models with the architectures of the large ones; there are no weights."""
-    for name, config in TINY.items():
-        path = folder / name / "config.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"dtype": "float32", **config}))
 
 
 def why_not(device: str) -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import re
+import shlex
 from collections.abc import Iterable
 from typing import Any
 
 from flexgen.base.quantities import format_size
+
+from .step import Step
 
 COLUMNS = ("step", "status", "seconds", "tokens/s", "expected", "s a pass", "sequences", "overlap", "plan", "efficiency", "device, driver")
 
@@ -24,14 +26,13 @@ def _row(result: Any) -> tuple[str, ...]:
     head = (result["step"], result["status"], f"{result['seconds']:.0f}")
     if result["status"] == "done" and isinstance(found, dict) and "steady" in found:
         return *head, *_steady(found, result["driver_peak_bytes"])
-    if found is not None and (rate := re.search(r"total throughput: *([0-9.]+)", str(found.get("text", "")))):
-        return *head, rate[1], *empty[1:]
+    if result["status"] == "done" and isinstance(found, dict) and "peer" in found:
+        return *head, *_peer(found, result["driver_peak_bytes"])
     return *head, *empty
 
 
 def _steady(found: Any, driver_peak_bytes: int | None) -> tuple[str, ...]:
-    steady = found["steady"]
-    of_driver = "-" if driver_peak_bytes is None else format_size(driver_peak_bytes)
+    steady, of_driver = found["steady"], _size(driver_peak_bytes)
     return (
         f"{found['output_tokens_per_s']:.2f}",
         f"{steady['expected_tokens_per_s']['these_passes']:.2f}",
@@ -42,3 +43,27 @@ def _steady(found: Any, driver_peak_bytes: int | None) -> tuple[str, ...]:
         f"{found['efficiency']:.2f}",
         f"{format_size(found['peak_device_bytes'])}, {of_driver} of {format_size(found['device_budget_bytes'])}",
     )
+
+
+def _peer(found: Any, driver_peak_bytes: int | None) -> tuple[str, ...]:
+    memory = f"{_size(found.get('peak_device_bytes'))}, {_size(driver_peak_bytes)}"
+    return f"{found['output_tokens_per_s']:.2f}", "", "", f"{found['sequences']}", "", "", "", memory
+
+
+def _size(size_bytes: int | None) -> str:
+    return "-" if size_bytes is None else format_size(size_bytes)
+
+
+def format_list(steps: Iterable[Step], seconds: float) -> str:
+    """Return the steps as lines, with the time at which each begins if all take as long as expected, and their commands.
+
+    Args:
+        steps: The steps, in order.
+        seconds: The time that all may take.
+    """
+    lines, begin = list[str](), 0.0
+    for step in steps:
+        when = f"skipped ({step.skipped})" if step.skipped else f"at {begin:.0f} s" if begin < seconds else "in another run"
+        lines += [f"{step.name}: {when}, {step.seconds:.0f} s: {step.what}", f"    {shlex.join(step.command)}"]
+        begin += 0 if step.skipped else step.seconds
+    return "\n".join(lines)

@@ -88,6 +88,8 @@ class EngineOptions:
         max_logprobs: Most log probabilities per token that a request may ask for (vLLM's default); -1 is any number.
         verify_reads: Whether to compare checksums of bytes read from disk with those of the bytes written or first read (one core sums some
             10 GB/s).
+        overlap: Whether bytes may be copied while something is computed; False is for benchmarks of what that is worth.  Neither plans nor
+            answers depend on it.
         trace: File for a trace of what happens when, for Perfetto or chrome://tracing (docs/trace.md); None for none.
         trace_passes: Passes that the trace has, counted from 0, such as "10:20" for ten of them; None for everything, up to 256 MiB.
         trust_remote_code: Accepted only as False.
@@ -119,6 +121,7 @@ class EngineOptions:
     seed: int = 0
     max_logprobs: int = 20
     verify_reads: bool = False
+    overlap: bool = True
     trace: str | None = None
     trace_passes: str | None = None
     trust_remote_code: bool = False
@@ -249,6 +252,7 @@ _CHECKS: Mapping[str, Callable[[str, object], Any]] = {
     "seed": partial(integer, least=-(2**63)),
     "max_logprobs": partial(integer, least=-1),
     "verify_reads": flag,
+    "overlap": flag,
     "trace": partial(path_or_none, kind="file"),
     "trace_passes": passes_or_none,
     "trust_remote_code": flag,
@@ -284,6 +288,7 @@ class OptionKeywords(TypedDict, total=False):
     seed: int | None
     max_logprobs: int
     verify_reads: bool
+    overlap: bool
     trace: str | None
     trace_passes: str | None
     trust_remote_code: bool

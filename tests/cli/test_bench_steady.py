@@ -50,3 +50,21 @@ def test_figures_as_json(novels_opt: Path) -> None:
 def test_what_is_refused(flags: tuple[object, ...], message: str, novels_opt: Path) -> None:
     done = steady(novels_opt, *JOB, *HOW, *flags)
     assert (done.exit_code, message in done.stderr) == (2, True), done.output
+
+
+def test_without_overlap(novels_opt: Path) -> None:
+    done = steady(novels_opt, *JOB, *HOW, "--weights", "host=.5,disk=.5", "--no-overlap")
+    assert done.exit_code == 0, done.output
+    assert done.stdout.count("without overlap: copies and computing waited for each other") == 2, "in the report, and below the figures"
+    done = steady(novels_opt, *JOB, *HOW, "--no-overlap", "--json")
+    assert json.loads(done.stdout)["overlapping"] is False
+    assert json.loads(steady(novels_opt, *JOB, *HOW, "--json").stdout)["overlapping"] is True
+
+
+def test_a_whole_job_without_overlap(novels_opt: Path, tmp_path: Path) -> None:
+    figures = tmp_path / "figures.json"
+    job = ("--num-prompts", 4, "--input-len", 24, "--output-len", 3, "--output-json", figures)
+    done = CliRunner().invoke(app, ["bench", "throughput", *map(str, (novels_opt, *job, *HOW[:4])), "--no-overlap"])
+    assert done.exit_code == 0, done.output
+    assert "without overlap" in done.stdout
+    assert json.loads(figures.read_text())["overlapping"] is False

@@ -13,6 +13,7 @@ from flexgen.devices import cuda
 from flexgen.devices.chunks import CHUNK_BYTES, OUTSTANDING_BYTES
 from flexgen.devices.cuda import CudaDevice
 from flexgen.devices.open import open_device
+from flexgen.devices.serial import SerialDevice
 from tests.devices.fake_cudart import PAGE, FakeRuntime
 
 
@@ -111,6 +112,17 @@ def test_each_kind_of_copy_has_a_stream_and_only_what_must_wait_waits(runtime: F
     assert urgent.priority < bulk.priority, "lower numbers go first"
     device.await_in(copies[1])
     assert computing.told[-1] == ("wait", copies[1].event)
+
+
+def test_without_overlap_the_host_waits_for_computing_and_for_the_copy(runtime: FakeRuntime) -> None:
+    device = SerialDevice(CudaDevice(0))
+    computing, *streams = FakeStream.made
+    source, destination = torch.arange(5), torch.zeros(5, dtype=torch.int64)
+    for copy in (device.copy_in, device.copy_in_urgently, device.copy_out):
+        copy(destination, source)
+    recorded = [event for stream in (computing, *streams) for what, event in stream.told if what == "record"]
+    assert len(recorded) == 6
+    assert all(event.waited for event in recorded)
 
 
 def test_a_large_copy_is_cut_and_its_thread_sleeps_for_chunks_only(runtime: FakeRuntime) -> None:

@@ -268,22 +268,25 @@ def open_gathered(folder: Path, groups: Groups = GROUPS) -> Bench:
     return Bench(LocalPlace(pool, GatheredKernels()), KVCache(groups, {"device": pool}), "device", [device.close], copies=copies)
 
 
-def host_attention(groups: Groups, device: SimulatedDevice | None) -> HostAttention:
+def host_attention(groups: Groups, device: SimulatedDevice | None, *, overlap: bool = True) -> HostAttention:
     flow = KVFlow.of(has_device=device is not None)
-    return HostAttention(groups, AttentionKernels(), AttentionKernels(), Staging(device), flow, nothing, "flexgen-test-attention")
+    kernels = AttentionKernels(), AttentionKernels()
+    return HostAttention(groups, *kernels, Staging(device), flow, nothing, "flexgen-test-attention", overlap=overlap)
 
 
-def open_host(folder: Path, groups: Groups = GROUPS) -> Bench:
+def open_host(folder: Path, groups: Groups = GROUPS, *, overlap: bool = True) -> Bench:
     device = SimulatedDevice(1 << 20, max_delay_seconds=0.0001)
     pool = PagePool(groups, [NUM_PAGES] * len(groups), poisoned)
-    place = HostPlace(pool, host_attention(groups, device))
+    place = HostPlace(pool, host_attention(groups, device, overlap=overlap))
     return Bench(place, KVCache(groups, {"host": pool}), "host", [device.close], copies=PackedCopies(Staging(device)))
 
 
-def open_disk(folder: Path, groups: Groups = GROUPS, *, device: SimulatedDevice | None = None, num_tails: int = 0) -> Bench:
+def open_disk(
+    folder: Path, groups: Groups = GROUPS, *, device: SimulatedDevice | None = None, num_tails: int = 0, overlap: bool = True
+) -> Bench:
     tail_bytes = num_tails * sum(group.page_bytes for group in groups)
     pool, io = DiskPool(groups, [NUM_PAGES] * len(groups), folder, tail_bytes=tail_bytes), IOPool(2)
-    place = DiskPlace(pool, host_attention(groups, device), io, staging_bytes=4096)
+    place = DiskPlace(pool, host_attention(groups, device, overlap=overlap), io, staging_bytes=4096, overlap=overlap)
     return Bench(place, KVCache(groups, {"disk": pool}), "disk", [io.close], copies=PackedCopies(Staging(device)))
 
 
@@ -311,6 +314,8 @@ PLACES = {
     "disk with tails": open_disk_with_tails,
     "disk with few tails": open_disk_with_few_tails,
     "disk beside device": open_disk_beside_device,
+    "host without overlap": functools.partial(open_host, overlap=False),
+    "disk without overlap": functools.partial(open_disk, overlap=False),
 }
 
 

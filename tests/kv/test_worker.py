@@ -7,7 +7,7 @@ import weakref
 
 import pytest
 
-from flexgen.kv.worker import Worker
+from flexgen.kv.worker import AtOnce, Worker
 
 
 def test_a_worker_keeps_order_and_the_first_error() -> None:
@@ -24,6 +24,16 @@ def test_a_worker_keeps_order_and_the_first_error() -> None:
     assert seen == [1, 2]
     worker.close()
     assert "flexgen-test-worker" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_what_runs_at_once_has_run_when_it_is_submitted() -> None:
+    worker, seen = AtOnce(), []
+    worker.submit(lambda: seen.append(threading.current_thread()))
+    assert seen == [threading.current_thread()]
+    with pytest.raises(ZeroDivisionError):
+        worker.submit(lambda: seen.append(1 // 0))
+    worker.drain()
+    worker.close()
 
 
 def test_submitting_never_waits() -> None:

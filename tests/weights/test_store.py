@@ -4,6 +4,7 @@ import errno
 import itertools
 import os
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,14 +95,15 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Written:
 class Opened:
     """A store with all that it needs."""
 
-    def __init__(self, written: Written, homes: list[str], device: bool, *, slots: int = 3) -> None:
+    def __init__(self, written: Written, homes: list[str], device: bool, *, slots: int = 3, runs_ahead: bool = True) -> None:
         self.written, self.model = written, FakeModel()
         self.backend = SimulatedDevice(8 << 20) if device else None
         self.io, self.files, self.arrived = IOPool(2), FileSet(), threading.Event()
         self.store = WeightStore(
             written.layouts, homes, self.model, self.io, self.files, backend=self.backend,
             host_ring_bytes=slots * max(layout.stored_bytes for layout in written.layouts),
-            device_ring_bytes=slots * max(layout.carried_bytes for layout in written.layouts), on_arrival=self.arrived.set, poison=True,
+            device_ring_bytes=slots * max(layout.carried_bytes for layout in written.layouts), on_arrival=self.arrived.set,
+            runs_ahead=runs_ahead, poison=True,
         )  # fmt: skip
 
     def __enter__(self) -> "Opened":
@@ -182,6 +184,31 @@ def test_a_released_unit_is_poisoned(opened: Opened) -> None:
     for name, tensor in kept.items():
         stays = resident or (opened.store._stays_encoded(0) and name == "plain")
         assert torch.equal(tensor.cpu(), opened.written.values[0, name]) == stays
+
+
+ONE_FROM_DISK = {
+    "cpu, one from disk": (["host"] * (NUM_UNITS - 1) + ["disk"], False),
+    "sim, one from disk": (["device"] * (NUM_UNITS - 1) + ["disk"], True),
+}
+
+
+@pytest.mark.parametrize("mixture", ["cpu, disk", "cpu, mixed, encoded", "sim, host", "sim, disk", "sim, mixed", *ONE_FROM_DISK])
+def test_links_that_do_not_run_ahead_bring_what_is_asked_for(mixture: str, written: Written) -> None:
+    """Each unit once in every pass, and none before it is asked for; also where there is only one."""
+    homes, device = (MIXTURES | ONE_FROM_DISK)[mixture]
+    with Opened(written, homes, device, runs_ahead=False) as opened:
+        links, loaded = opened.store._links, opened.io.bytes_read
+        for _ in range(3):
+            for unit in range(NUM_UNITS):
+                opened.wait(unit)
+                opened.store.open(unit)
+                opened.check(unit)
+                opened.store.release(unit)
+                assert not any(link._arrivals for link in links)
+        time.sleep(0.05)  # for what must not come
+        assert not any(link._arrivals for link in links)
+        from_disk = [layout for layout, home in zip(written.layouts, homes, strict=True) if home == "disk"]
+        assert opened.io.bytes_read - loaded == 3 * sum(extent.size for layout in from_disk for extent in layout.extents)
 
 
 @pytest.mark.parametrize("home", ["encoded", "disk"])

@@ -8,12 +8,14 @@ Any thread adds events to a queue, without a lock; a thread of the recorder's ow
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import threading
 import time
 from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +56,28 @@ def check_trace(path: str | None) -> None:
         check_target(None if path is None else Path(path))
     except StorageError as error:
         raise OptionError(f"trace={path!r}: {error}") from error
+
+
+@contextlib.contextmanager
+def recorded(recorder: Recorder | None, track: str, name: str, colour: str = "", **args: Any) -> Iterator[dict[str, Any]]:
+    """Record what happens in a block as one slice, whether it fails or not; without a recorder the block just runs.
+
+    Args:
+        recorder: The recorder of the trace; None without one.
+        track: See `Recorder.slice`, as for the other arguments.
+        name: See there.
+        colour: See there.
+        args: See there.
+
+    Yields:
+        The args, to which the block may add what it finds.
+    """
+    start = 0 if recorder is None else recorder.now()
+    try:
+        yield args
+    finally:
+        if recorder is not None:
+            recorder.slice(track, name, start, colour, **args)
 
 
 class Recorder:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from collections.abc import Mapping
@@ -16,6 +17,13 @@ from flexgen.cli.options import Model, ProgressFlag, VerboseFlag, check_apart, c
 from flexgen.cli.terminal import showing
 from flexgen.options import EngineOptions
 
+OverlapFlag = Annotated[
+    bool,
+    typer.Option(
+        "--overlap/--no-overlap", help="Whether bytes are copied while something is computed; --no-overlap shows what that is worth."
+    ),
+]
+
 
 @engine_command
 def throughput(
@@ -24,6 +32,7 @@ def throughput(
     num_prompts: Annotated[int, typer.Option(metavar="N", min=1, help="Number of requests.")] = 100,
     input_len: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens of each prompt.")] = 256,
     output_len: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens of each answer.")] = 32,
+    overlap: OverlapFlag = True,
     output_json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the figures as JSON (docs/metrics.md).")] = None,
     progress: ProgressFlag = "auto",
     verbose: VerboseFlag = False,
@@ -31,7 +40,8 @@ def throughput(
     """Tokens per second over random prompts, with vLLM's figures and ours."""
     check_file(output_json, "--output-json")
     check_apart(options.trace, output_json)
-    with showing(progress) as display, load(model, options, progress) as llm:
+    asked = dataclasses.replace(options, overlap=overlap)
+    with showing(progress) as display, load(model, asked, progress) as llm:
         from flexgen.bench.throughput import format_throughput, run_throughput, uniform_workload
 
         workload = uniform_workload(llm, num_prompts, input_len, output_len)
@@ -55,6 +65,7 @@ def steady(
     output_len: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens of each answer.")] = 32,
     passes: Annotated[int, typer.Option(metavar="N", min=1, help="Passes that are measured.")] = 12,
     warmup: Annotated[int, typer.Option(metavar="N", min=0, help="Passes that are computed before them and do not count.")] = 2,
+    overlap: OverlapFlag = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON (docs/metrics.md).")] = False,
     output_json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the figures as JSON (docs/metrics.md).")] = None,
     progress: ProgressFlag = "auto",
@@ -67,7 +78,8 @@ def steady(
     """
     check_file(output_json, "--output-json")
     check_apart(options.trace, output_json)
-    with showing(progress, results=sys.stderr if as_json else None) as display, load(model, options, progress) as llm:
+    asked = dataclasses.replace(options, overlap=overlap)
+    with showing(progress, results=sys.stderr if as_json else None) as display, load(model, asked, progress) as llm:
         from flexgen.bench.steady import run_steady
         from flexgen.bench.throughput import uniform_workload
         from flexgen.report.steady import format_steady

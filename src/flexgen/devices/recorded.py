@@ -9,6 +9,7 @@ import torch
 
 from flexgen.base.recorder import DEVICE_TO_HOST, HOST_TO_DEVICE, URGENT_TO_DEVICE, Recorder
 from flexgen.devices.base import Device, Event
+from flexgen.devices.wrapped import WrappedDevice
 
 
 class _Stream:
@@ -70,8 +71,8 @@ class RecordedCopy:
         self._stream.complete(self)
 
 
-class RecordedDevice:
-    """A device that records its copies; see `Device` for the rest.
+class RecordedDevice(WrappedDevice):
+    """A device that records its copies.
 
     Args:
         device: The device.
@@ -79,33 +80,9 @@ class RecordedDevice:
     """
 
     def __init__(self, device: Device, recorder: Recorder) -> None:
-        self._of, self._recorder = device, recorder
-        self.device, self.budget_bytes = device.device, device.budget_bytes
+        super().__init__(device)
+        self._recorder = recorder
         self._in, self._urgent, self._out = (_Stream(recorder, track) for track in (HOST_TO_DEVICE, URGENT_TO_DEVICE, DEVICE_TO_HOST))
-
-    @property
-    def bytes_in(self) -> int:
-        return self._of.bytes_in
-
-    @property
-    def bytes_out(self) -> int:
-        return self._of.bytes_out
-
-    @property
-    def used_bytes(self) -> int:
-        return self._of.used_bytes
-
-    def limit(self, process_bytes: int) -> None:
-        self._of.limit(process_bytes)
-
-    def peak_bytes(self) -> int:
-        return self._of.peak_bytes()
-
-    def allocate(self, size_bytes: int) -> torch.Tensor:
-        return self._of.allocate(size_bytes)
-
-    def allocate_host(self, size_bytes: int) -> torch.Tensor:
-        return self._of.allocate_host(size_bytes)
 
     def copy_in(self, destination: torch.Tensor, source: torch.Tensor, after: Event | None = None) -> RecordedCopy:
         start = self._look()
@@ -125,14 +102,11 @@ class RecordedDevice:
             stream.look()
         return self._recorder.now()
 
-    def marker(self) -> Event:
-        return self._of.marker()
-
     def await_in(self, event: Event) -> None:
         assert isinstance(event, RecordedCopy)
         self._of.await_in(event.event)
 
     def close(self) -> None:
-        self._of.close()
+        super().close()
         for stream in (self._in, self._urgent, self._out):
             stream.complete()

@@ -17,7 +17,7 @@ import torch
 
 from flexgen.base.failpoints import failpoint
 from flexgen.base.isolation import for_one_request
-from flexgen.base.recorder import COMPUTE, PASSES, Recorder
+from flexgen.base.recorder import COMPUTE, PASSES, Recorder, recorded
 from flexgen.devices.base import Device
 from flexgen.engine.admission import LengthForecast
 from flexgen.engine.logprobs import prompt_logprobs
@@ -52,6 +52,7 @@ class Engine:
         offload_dir: The folder of the spill file; needed only if the policy puts KV on disk.
         verify_reads: Whether to compare the bytes that are read from disk with those that were written or first read.
         poison: Whether to overwrite released memory, so that a late use is noticed (for tests).
+        overlap: See `ModelRunner`.
         recorder: The recorder of the trace, which the caller closes after the engine; None without one.
 
     Attributes:
@@ -67,12 +68,14 @@ class Engine:
         offload_dir: Path | None = None,
         verify_reads: bool = False,
         poison: bool = False,
+        overlap: bool = True,
         recorder: Recorder | None = None,
     ) -> None:
         self.policy, self._model, self._recorder = policy, model, recorder
         self.runner = ModelRunner(
-            model, policy, backend=backend, offload_dir=offload_dir, verify_reads=verify_reads, poison=poison, recorder=recorder
-        )
+            model, policy, backend=backend, offload_dir=offload_dir, verify_reads=verify_reads, poison=poison, overlap=overlap,
+            recorder=recorder,
+        )  # fmt: skip
         self._closed = False
         with contextlib.ExitStack() as undo:  # closes what would otherwise outlive a failed construction
             undo.callback(self.close)
@@ -224,14 +227,13 @@ class Engine:
         self._prepare_guides(plan)
         with torch.no_grad():
             outputs, waits = self.runner.run(plan, lambda unit: self.log.tell(self._scheduler.num_live, unit, self.runner.num_units))
-            computed = 0 if recorder is None else recorder.now()
-            # All micro-batches begin before the first one's tokens are waited for.
-            sampling = [self._sample(batch, output.logits) for batch, output in zip(plan.micro_batches, outputs, strict=True)]
-            received = zip(plan.micro_batches, outputs, sampling, strict=True)
-            results = [result for batch, output, chosen in received for result in self._receive(batch, output.scores, chosen)]
+            with recorded(recorder, COMPUTE, "sample"):
+                # All micro-batches begin before the first one's tokens are waited for.
+                sampling = [self._sample(batch, output.logits) for batch, output in zip(plan.micro_batches, outputs, strict=True)]
+                received = zip(plan.micro_batches, outputs, sampling, strict=True)
+                results = [result for batch, output, chosen in received for result in self._receive(batch, output.scores, chosen)]
         self.log.passed(time.perf_counter() - start, waits)
         if recorder is not None:
-            recorder.slice(COMPUTE, "sample", computed)
             rows = sum(each.length for batch in plan.micro_batches for each in batch.slices)
             recorder.slice(PASSES, f"pass {recorder.pass_index}", begun, micro_batches=len(plan.micro_batches), rows=rows)
         return results

@@ -15,10 +15,11 @@ from pathlib import Path
 
 import torch
 
-from flexgen.base.recorder import COMPUTE, WAITING, Recorder
+from flexgen.base.recorder import COMPUTE, WAITING, Recorder, recorded
 from flexgen.devices.base import Device
 from flexgen.devices.packed import PackedCopies
 from flexgen.devices.recorded import RecordedDevice
+from flexgen.devices.serial import SerialDevice
 from flexgen.devices.staging import Staging
 from flexgen.engine.sweep import MicroBatchForward, SweepRecorder, run_pass
 from flexgen.io.direct_io import FileSet
@@ -70,6 +71,7 @@ class ModelRunner:
         offload_dir: The folder of the spill file; needed only if the policy puts KV on disk.
         verify_reads: Whether to compare the bytes that are read from disk with those that were written or first read.
         poison: Whether to overwrite released memory, so that a late use is noticed (for tests).
+        overlap: Whether bytes may be copied while something is computed; otherwise one waits for the other.
         recorder: The recorder of the trace; None without one.
 
     Attributes:
@@ -89,10 +91,13 @@ class ModelRunner:
         offload_dir: Path | None = None,
         verify_reads: bool = False,
         poison: bool = False,
+        overlap: bool = True,
         recorder: Recorder | None = None,
     ) -> None:
         if backend is not None and recorder is not None:
             backend = RecordedDevice(backend, recorder)
+        if backend is not None and not overlap:
+            backend = SerialDevice(backend, recorder)
         self.model, self.policy, self._recorder = model, policy, recorder
         self._previous_threads, self._previous_interval = torch.get_num_threads(), sys.getswitchinterval()
         self._backend = backend
@@ -118,13 +123,13 @@ class ModelRunner:
             self._weights = WeightStore(
                 model.layouts, self.homes, model.bound, self._io, self._files, backend=backend,
                 host_ring_bytes=policy.host_ring_bytes, device_ring_bytes=policy.device_ring_bytes, on_arrival=self._arrived.set,
-                parallel=self._decoders.over, poison=poison, recorder=recorder,
+                parallel=self._decoders.over, runs_ahead=overlap, poison=poison, recorder=recorder,
             )  # fmt: skip
             opened.callback(self._weights.close)
             self.places, self.cache = open_places(KVSetup(
                 groups=group_layers(model.layers, policy.page_tokens, model.kv_format), policy=policy, backend=backend,
                 staging=staging, flow=KVFlow.of(has_device=backend is not None), io=self._io, offload_dir=offload_dir,
-                notify=self._arrived.set, verify=verify_reads, values=self.values, recorder=recorder,
+                notify=self._arrived.set, verify=verify_reads, values=self.values, recorder=recorder, overlap=overlap,
             ))  # fmt: skip
             for place in self.places.values():
                 opened.callback(place.close)
@@ -190,26 +195,22 @@ class ModelRunner:
         Raises:
             StorageError: Something could not be read or written, or has changed on disk.
         """
-        recorder = self._recorder
-        start = 0 if recorder is None else recorder.now()
+        recorder, record = self._recorder, None
         forwards: list[MicroBatchForward] = []
-        for batch in plan.micro_batches:
-            view, after = self.places[batch.home].view(batch.slices), [forwards[index] for index in batch.after]
-            forwards.append(MicroBatchForward(
-                batch, self.model.bound, self._pass_cache, view, self._rows, self.copies, after, recorder
-            ))  # fmt: skip
-        for home, place in self.places.items():
-            place.begin_pass([forward.view for forward in forwards if forward.batch.home == home])
-        record = None
+        with recorded(recorder, COMPUTE, "prepare"):
+            for batch in plan.micro_batches:
+                view, after = self.places[batch.home].view(batch.slices), [forwards[index] for index in batch.after]
+                forwards.append(MicroBatchForward(
+                    batch, self.model.bound, self._pass_cache, view, self._rows, self.copies, after, recorder
+                ))  # fmt: skip
+            for home, place in self.places.items():
+                place.begin_pass([forward.view for forward in forwards if forward.batch.home == home])
         if recorder is not None:
-            recorder.slice(COMPUTE, "prepare", start)
             record = SweepRecorder(recorder, forwards, [layout.name for layout in self.model.layouts])
         waits = run_pass(forwards, self._weights, self.num_units, self._arrived, on_unit, record)
-        start = 0 if recorder is None else recorder.now()
-        for place in self.places.values():
-            place.finish_pass()
-        if recorder is not None:
-            recorder.slice(COMPUTE, "wait for KV", start, WAITING)
+        with recorded(recorder, COMPUTE, "wait for KV", WAITING):
+            for place in self.places.values():
+                place.finish_pass()
         self._files.check_unchanged()  # before any token results from what was read
         self._rows.check_unchanged()
         return [BatchOutput(logits=each.logits, scores=each.scores) for each in forwards if each.logits is not None], waits

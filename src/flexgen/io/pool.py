@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
-from flexgen.base.recorder import IO, Recorder
+from flexgen.base.recorder import IO, Recorder, recorded
 from flexgen.errors import StorageError
 from flexgen.io.direct_io import File
 
@@ -23,13 +23,14 @@ class Ticket:
     Args:
         parts: Number of transfers.
         on_done: Called once, on the thread that completes the last transfer.
+        record: Called once, before anybody can see that the last transfer is complete.
     """
 
-    def __init__(self, parts: int, on_done: Callable[[], None] | None = None) -> None:
+    def __init__(self, parts: int, on_done: Callable[[], None] | None = None, record: Callable[[], None] | None = None) -> None:
         self._left = parts
         self._lock = threading.Lock()
         self._event = threading.Event()
-        self._on_done = on_done
+        self._on_done, self._record = on_done, record
         self.error: BaseException | None = None
         if parts == 0:
             self._finish()
@@ -43,6 +44,8 @@ class Ticket:
             self._finish()
 
     def _finish(self) -> None:
+        if self._record is not None:
+            self._record()
         on_done, self._on_done = self._on_done, None  # a kept ticket keeps no buffer alive
         self._event.set()
         if on_done is not None:
@@ -136,10 +139,11 @@ class IOPool:
         chunks = [
             (file, offset + at, view[at : at + CHUNK_BYTES]) for file, offset, view in parts for at in range(0, len(view), CHUNK_BYTES)
         ]
+        record = None
         if self._recorder is not None and contents is not None and chunks:
-            size = sum(len(view) for _, _, view in chunks)
-            on_done = partial(_transferred, self._recorder, contents, write, size, self._recorder.now(), on_done)
-        ticket = Ticket(len(chunks), on_done)
+            track, size = f"{contents.kind} {'to' if write else 'from'} disk", sum(len(view) for _, _, view in chunks)
+            record = partial(self._recorder.transfer, track, contents.name, self._recorder.now(), bytes=size)
+        ticket = Ticket(len(chunks), on_done, record)
         with self._lock:
             if chunks and self._in_flight == 0:
                 self._busy_since = time.perf_counter()
@@ -149,15 +153,15 @@ class IOPool:
         return ticket
 
     def _work(self, track: str) -> None:
-        recorder = self._recorder
         while (transfer := self._transfers.get()) is not None:
-            start = 0 if recorder is None else recorder.now()
             error: BaseException | None = None
-            try:
-                (transfer.file.write_from if transfer.write else transfer.file.read_into)(transfer.view, transfer.offset)
-            except Exception as caught:  # noqa: BLE001 - handed to whoever waits for the ticket
-                error = caught
-            size = len(transfer.view)
+            file, contents, size = transfer.file, transfer.contents, len(transfer.view)
+            name = f"{'write' if transfer.write else 'read'} {file.path.name if contents is None else contents.name}"
+            with recorded(self._recorder, track, name, bytes=size, file=file.path.name):
+                try:
+                    (file.write_from if transfer.write else file.read_into)(transfer.view, transfer.offset)
+                except Exception as caught:  # noqa: BLE001 - handed to whoever waits for the ticket
+                    error = caught
             with self._lock:
                 self._in_flight -= 1
                 if transfer.write:
@@ -166,11 +170,8 @@ class IOPool:
                     self.bytes_read += size
                 if self._in_flight == 0:
                     self.busy_seconds += time.perf_counter() - self._busy_since
-            if recorder is not None:
-                name = transfer.contents.name if transfer.contents is not None else transfer.file.path.name
-                recorder.slice(track, f"{'write' if transfer.write else 'read'} {name}", start, bytes=size, file=transfer.file.path.name)
             transfer.ticket.part_done(error)
-            del transfer  # an idle thread keeps no buffer alive
+            del transfer, file  # an idle thread keeps no buffer alive
 
     def close(self) -> None:
         """Let queued transfers finish, then end the threads."""
@@ -178,12 +179,3 @@ class IOPool:
             self._transfers.put(None)
         for thread in self._threads:
             thread.join()
-
-
-def _transferred(
-    recorder: Recorder, contents: Contents, write: bool, size_bytes: int, submitted: int, on_done: Callable[[], None] | None
-) -> None:
-    """Record that a group of transfers is complete, and call `on_done`."""
-    recorder.transfer(f"{contents.kind} {'to' if write else 'from'} disk", contents.name, submitted, bytes=size_bytes)
-    if on_done is not None:
-        on_done()

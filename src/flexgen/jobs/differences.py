@@ -14,9 +14,19 @@ def by_number(lines: Iterable[tuple[int, int]]) -> array[int]:
     """Return an array of digests by line number, from (number, digest) pairs in ascending order."""
     digests = array("q")
     for number, digest in lines:
-        digests.extend([0] * (number + 1 - len(digests)))
-        digests[number] = digest
+        note(digests, number, digest)
     return digests
+
+
+def note(digests: array[int], number: int, digest: int) -> None:
+    """Put a digest at the number of its line."""
+    digests.extend([0] * (number + 1 - len(digests)))
+    digests[number] = digest
+
+
+def signed(digest: int) -> int:
+    """Return 64 unsigned bits as the signed integer that arrays hold and SQLite stores."""
+    return digest - (1 << 64) if digest >= 1 << 63 else digest
 
 
 def differing(old: array[int], new: array[int]) -> array[int]:

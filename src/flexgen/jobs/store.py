@@ -17,9 +17,10 @@ from flexgen.base.quantities import counted
 from flexgen.errors import JobError
 from flexgen.jobs import saved_progress
 from flexgen.jobs.database import commit, connect, hold, transaction, translated
-from flexgen.jobs.differences import by_number, describe_difference, differing
+from flexgen.jobs.differences import by_number, describe_difference, differing, note, signed
 from flexgen.jobs.folder import JobFolder
 from flexgen.jobs.identity import Identity, changes, differing_from, in_words
+from flexgen.jobs.pending import Pending
 from flexgen.jobs.runs import RunRecorder
 from flexgen.jobs.saved_progress import ProgressRow, SavedProgress
 
@@ -50,11 +51,7 @@ class Store:
     def __init__(self, folder: JobFolder) -> None:
         self.paths, self._path = folder.paths, folder.paths.database
         self.created, self.model = int(time.time()), ""
-        self._pending: list[tuple[int, int, int, bool, int, int]] = []  # rows of the table `results`
-        self._pending_records: list[tuple[int, bytes]] = []  # rows of the table `records`
-        self._pending_rows: list[ProgressRow] = []
-        self._pending_bytes = 0
-        self._oldest = 0.0  # time at which the oldest pending result was added, on the monotonic clock
+        self._pending = Pending()
         self._connection = connect(self.paths, create=True)
         self.run = RunRecorder(self._connection)
         try:
@@ -66,9 +63,8 @@ class Store:
     def _load(self) -> None:
         """Load digests and counts from the database."""
         with translated(self._path):
-            self._digests = array("q")  # by line number; 0 for lines that are not done
-            for line_number, digest in self._connection.execute("SELECT line, digest FROM results ORDER BY line"):
-                self._note(line_number, digest)
+            rows = self._connection.execute("SELECT line, digest FROM results ORDER BY line")
+            self._digests = by_number(rows)  # 0 for lines that are not done
             query = "SELECT count(*), total(failed), ifnull(max(place), 0), total(output_tokens) FROM results"
             done, failed, self._num_ordered, tokens = self._connection.execute(query).fetchone()
             self._begun_lines = {line for (line,) in self._connection.execute("SELECT DISTINCT line FROM begun")}
@@ -149,15 +145,14 @@ class Store:
         """
         if not self._num_done and not self._begun_lines:
             return
-        new = by_number((number, _signed(digest)) for number, digest in lines)
+        new = by_number((number, signed(digest)) for number, digest in lines)
         self._forget_begun(new)
         other = differing(self._digests, new)
         answered = self._answered(other)
         if answered and not accept_changes:
-            spelling = self.paths.spelling
             raise JobError(
                 f"{self.paths.name} answers another input ({describe_difference(self._digests, new, answered)}): "
-                f"{spelling.accept_changes} answers those again, {spelling.anew}"
+                f"{self.paths.spelling.accept_changes} answers those again, {self.paths.spelling.anew}"
             )
         if answered:
             said = counted(len(other), "line of the input changed and is", "lines of the input changed and are")
@@ -225,7 +220,7 @@ class Store:
 
     def is_done(self, line_number: int) -> bool:
         """Return whether the line has its record."""
-        return self._known(line_number) != 0
+        return line_number < len(self._digests) and self._digests[line_number] != 0
 
     def add(
         self, line_number: int, digest: int, record: bytes, *, failed: bool = False, prompt_tokens: int = 0, output_tokens: int = 0
@@ -240,36 +235,26 @@ class Store:
             prompt_tokens: Number of tokens of the prompt.
             output_tokens: Number of generated tokens.
         """
-        self._wait(len(record))
-        order = self._num_ordered + len(self._pending) + 1
-        self._pending.append((line_number, _signed(digest), order, failed, prompt_tokens, output_tokens))
-        self._pending_records.append((line_number, record))
+        order = self._num_ordered + len(self._pending.results) + 1
+        self._pending.add((line_number, signed(digest), order, failed, prompt_tokens, output_tokens), record)
         self.commit_if_due()
 
     def keep(self, row: ProgressRow) -> None:
         """Take a finished choice of a line that is not finished.  Like results, it is committed now or later."""
-        self._wait(len(row.generated.token_ids))
-        self._pending_rows.append(row)
+        self._pending.keep(row)
         self.commit_if_due()
-
-    def _wait(self, size: int) -> None:
-        if not self._pending and not self._pending_rows:
-            self._oldest = time.monotonic()
-        self._pending_bytes += size
 
     def kept(self, line_number: int, digest: int) -> dict[int, SavedProgress]:
         """Return the progress that earlier runs stored for a line that is not done, by choice."""
         if line_number not in self._begun_lines:
             return {}
         with translated(self._path):
-            return saved_progress.read(self._connection, line_number, _signed(digest))
+            return saved_progress.read(self._connection, line_number, signed(digest))
 
     def commit_if_due(self) -> None:
         """Commit if much is pending, or if something has been pending for COMMIT_SECONDS."""
-        if not self._pending and not self._pending_rows:
-            return
-        many = len(self._pending) >= _COMMIT_RESULTS or self._pending_bytes >= _COMMIT_BYTES
-        if many or time.monotonic() - self._oldest >= COMMIT_SECONDS:
+        many = len(self._pending.results) >= _COMMIT_RESULTS or self._pending.size >= _COMMIT_BYTES
+        if self._pending and (many or self._pending.age_seconds >= COMMIT_SECONDS):
             self.commit()
 
     def commit(self, progress: Iterable[ProgressRow] = ()) -> None:
@@ -278,20 +263,19 @@ class Store:
         Raises:
             StorageError: The commit failed; nothing of it is stored then.
         """
-        results, records, rows = self._pending, self._pending_records, [*self._pending_rows, *progress]
+        results, records, rows = self._pending.results, self._pending.records, [*self._pending.progress, *progress]
         if not results and not rows:
             return
-        self._pending, self._pending_records, self._pending_rows, self._pending_bytes = [], [], [], 0
-        execute = self._connection.executemany
+        self._pending = Pending()
         with transaction(self._connection, self._path):
-            saved_progress.write(self._connection, ((_signed(row.digest), row) for row in rows))
-            execute("INSERT INTO results VALUES (?, ?, ?, ?, ?, ?)", results)
-            execute("INSERT INTO records VALUES (?, ?)", records)
-            execute("DELETE FROM begun WHERE line = ?", ((line_number,) for line_number, _ in records))  # also progress written above
+            saved_progress.write(self._connection, ((signed(row.digest), row) for row in rows))
+            self._connection.executemany("INSERT INTO results VALUES (?, ?, ?, ?, ?, ?)", results)
+            self._connection.executemany("INSERT INTO records VALUES (?, ?)", records)
+            self._connection.executemany("DELETE FROM begun WHERE line = ?", ((line,) for line, _ in records))  # as written above, too
             self.run.update(self._output_tokens + sum(result[-1] for result in results) + self._tokens_in_progress())
         self._begun_lines.update(row.line_number for row in rows)
         for line_number, digest, order, failed, _, output_tokens in results:
-            self._note(line_number, digest)
+            note(self._digests, line_number, digest)
             self.num_failed += failed
             self.num_answered += not failed
             self._output_tokens += output_tokens
@@ -314,16 +298,3 @@ class Store:
     @property
     def _num_done(self) -> int:
         return self.num_answered + self.num_failed
-
-    def _known(self, line_number: int) -> int:
-        return self._digests[line_number] if line_number < len(self._digests) else 0
-
-    def _note(self, line_number: int, digest: int) -> None:
-        if line_number >= len(self._digests):
-            self._digests.extend([0] * (line_number + 1 - len(self._digests)))
-        self._digests[line_number] = digest
-
-
-def _signed(digest: int) -> int:
-    """Return 64 unsigned bits as the signed integer that SQLite stores."""
-    return digest - (1 << 64) if digest >= 1 << 63 else digest

@@ -9,7 +9,7 @@ import contextlib
 import functools
 from collections.abc import Iterator, Sequence
 
-from flexgen.base.recorder import WAITING
+from flexgen.base.recorder import WAITING, recorded
 from flexgen.io.pool import Contents, IOPool, Ticket
 from flexgen.kv.format import KVPages
 from flexgen.kv.host import HostAttention, HostView
@@ -31,14 +31,15 @@ class DiskPlace(Place):
         attention: The host attention, which attends to pages in staging.
         io: The threads that read and write pages.
         staging_bytes: The staging for pages that are read ahead: at least one layer of one micro-batch.
+        overlap: Whether pages are read ahead and written behind; otherwise both are waited for at once.
     """
 
     chunks = False  # a later chunk's read would race with an earlier one's write
     mixes = False
 
-    def __init__(self, pool: DiskPool, attention: HostAttention, io: IOPool, staging_bytes: int) -> None:
-        self.pool, self._attention, self._io = pool, attention, io
-        self.read_ahead = ReadAhead(pool, io, staging_bytes)
+    def __init__(self, pool: DiskPool, attention: HostAttention, io: IOPool, staging_bytes: int, *, overlap: bool = True) -> None:
+        self.pool, self._attention, self._io, self._overlap = pool, attention, io, overlap
+        self.read_ahead = ReadAhead(pool, io, staging_bytes, overlap=overlap)
         self._where = layer_index(pool.groups)
         self._served: set[tuple[BatchSlots, int]] = set()  # layers of this pass that the worker has stored
         self._writes: list[Ticket] = []
@@ -69,13 +70,13 @@ class DiskPlace(Place):
 
     def _read_again(self, batch: BatchSlots, layer: int) -> StagedLayer:
         """Read again the pages that an earlier layer has stored, for a layer that shares its keys."""
-        for ticket in self._writes:
-            ticket.wait()
         group, place = self._where[layer]
         staged = StagedLayer(self.pool.groups, group, batch.num_slots)
-        self._io.read(
-            self.pool.parts(place, staged, [each.stored for each in batch.groups]), contents=Contents("KV", f"KV of layer {layer}")
-        ).wait()
+        parts = self.pool.parts(place, staged, [each.stored for each in batch.groups])
+        with self._recorded_wait("wait for pages"):
+            for ticket in self._writes:
+                ticket.wait()
+            self._io.read(parts, contents=Contents("KV", f"KV of layer {layer}")).wait()
         return staged
 
     def _acquire(self, batch: BatchSlots, layer: int) -> StagedLayer:
@@ -89,21 +90,16 @@ class DiskPlace(Place):
         group, place = self._where[layer]
         parts = self.pool.parts(place, staged, [each.written for each in batch.groups])
         contents = Contents("KV", f"KV of layer {layer}")
-        if batch.reads:
-            ticket = self._io.write(parts, lambda: self.read_ahead.give_back(batch, group, staged), contents)
-        else:
-            ticket = self._io.write(parts, contents=contents)
-            with self._recorded_wait("wait for the write of pages"):
-                ticket.wait()  # so that the staging of new prompts holds one layer at a time
+        give_back = functools.partial(self.read_ahead.give_back, batch, group, staged) if batch.reads else None
+        waits = not (batch.reads and self._overlap)  # so that the staging of new prompts holds one layer at a time
+        with self._recorded_wait("wait for the write of pages") if waits else contextlib.nullcontext():
+            ticket = self._io.write(parts, give_back, contents)
+            if waits:
+                ticket.wait()
         self._writes.append(ticket)
 
-    @contextlib.contextmanager
-    def _recorded_wait(self, name: str) -> Iterator[None]:
-        recorder = self._attention.recorder
-        start = 0 if recorder is None else recorder.now()
-        yield
-        if recorder is not None:
-            recorder.slice(self._attention.track, name, start, WAITING)
+    def _recorded_wait(self, name: str) -> contextlib.AbstractContextManager[object]:
+        return recorded(self._attention.recorder, self._attention.track, name, WAITING)
 
     def finish_pass(self) -> None:
         self._attention.worker.drain()

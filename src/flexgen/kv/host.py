@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from flexgen.base.recorder import Recorder
+from flexgen.base.recorder import Recorder, recorded
 from flexgen.devices.staging import DeviceCopies, Staging
 from flexgen.kernels.reference import AttentionKernels
 from flexgen.kv.flow import KVFlow
@@ -25,7 +25,7 @@ from flexgen.kv.plan import GroupPlans, KVPlan
 from flexgen.kv.sinks import HostSinks
 from flexgen.kv.sparse import SparseAttention
 from flexgen.kv.views import Heads, Past, step_outputs, step_queries
-from flexgen.kv.worker import Worker
+from flexgen.kv.worker import AtOnce, Worker
 from flexgen.passes.calls import AttentionCall
 from flexgen.passes.plan import Slice
 
@@ -46,6 +46,7 @@ class HostAttention:
         worker: The name of the thread.
         sparse: What generated tokens keep of what they see; None for all of it.
         recorder: The recorder of the trace; None without one.
+        overlap: Whether there is a thread; otherwise the thread that computes attends on the host, too.
 
     Attributes:
         track: The track of the thread in the trace.
@@ -54,12 +55,13 @@ class HostAttention:
     def __init__(
         self, groups: Sequence[KVGroup], kernels: AttentionKernels, device_kernels: AttentionKernels, staging: Staging, flow: KVFlow,
         notify: Callable[[], None], worker: str, sparse: SparseAttention | None = None, recorder: Recorder | None = None,
+        *, overlap: bool = True,
     ) -> None:  # fmt: skip
         self.recorder, self.track = recorder, worker.removeprefix("flexgen-").replace("-", " ")
         self.kernels, self.device_kernels = kernels, device_kernels
         self.staging, self.flow, self.notify = staging, flow, notify
         self.where = layer_index(groups)
-        self.worker, self.sinks = Worker(worker), HostSinks()
+        self.worker, self.sinks = Worker(worker) if overlap else AtOnce(), HostSinks()
         self._groups, self._sparse = groups, sparse
 
     def view(self, slices: Sequence[Slice], lend: LendPages) -> HostView:
@@ -91,12 +93,10 @@ class HostAttention:
         """Run a job on the worker, whose end wakes the ready loop; for `name` and `layer` see `later`."""
 
         def run() -> None:
-            start = 0 if self.recorder is None else self.recorder.now()
             try:
-                job()
+                with recorded(self.recorder, self.track, f"{name} of layer {layer}"):
+                    job()
             finally:
-                if self.recorder is not None:
-                    self.recorder.slice(self.track, f"{name} of layer {layer}", start)
                 self.notify()
 
         self.worker.submit(run)

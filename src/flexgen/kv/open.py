@@ -47,6 +47,7 @@ class KVSetup:
         verify: Whether to compare the bytes that are read from disk with those that were written.
         values: What counts the values that sparse attention does not read.
         recorder: The recorder of the trace; None without one.
+        overlap: Whether the host attends, reads and writes while others compute.
     """
 
     groups: Sequence[KVGroup]
@@ -60,6 +61,7 @@ class KVSetup:
     verify: bool = False
     values: ValueCounter = field(default_factory=ValueCounter)
     recorder: Recorder | None = None
+    overlap: bool = True
 
     @property
     def device(self) -> torch.device:
@@ -84,7 +86,9 @@ class KVSetup:
     def host_attention(self, worker: str, sparse: SparseAttention | None) -> HostAttention:
         """Return host attention with a worker thread of this name."""
         kernels, device_kernels = self.kernels(HOST), self.kernels(self.device)
-        return HostAttention(self.groups, kernels, device_kernels, self.staging, self.flow, self.notify, worker, sparse, self.recorder)
+        return HostAttention(
+            self.groups, kernels, device_kernels, self.staging, self.flow, self.notify, worker, sparse, self.recorder, overlap=self.overlap
+        )
 
 
 def tail_count(policy: Policy, tier: str) -> int:
@@ -115,7 +119,7 @@ def _open_disk(setup: KVSetup) -> Opened:
     pages = setup.num_pages("disk")
     pool = DiskPool(setup.groups, pages, setup.offload_dir, tail_bytes=policy.kv_tail_bytes, verify=setup.verify)
     attention = setup.host_attention("flexgen-disk-attention", setup.sparse(saves=False))  # values are read ahead with the keys
-    return pool, DiskPlace(pool, attention, setup.io, policy.kv_staging_bytes)
+    return pool, DiskPlace(pool, attention, setup.io, policy.kv_staging_bytes, overlap=setup.overlap)
 
 
 PLACES: dict[str, Callable[[KVSetup], Opened]] = {"device": _open_device, "host": _open_host, "disk": _open_disk}

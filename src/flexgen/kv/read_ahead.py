@@ -1,4 +1,4 @@
-"""Reads pages of KV ahead, layer by layer and micro-batch by micro-batch, into staging of a limited size."""
+"""Reads pages of KV ahead, layer by layer and micro-batch by micro-batch, into staging of a limited size; or when they are needed."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ class ReadAhead:
         pool: The pages on disk.
         io: The threads that read.
         limit_bytes: The size of the staging; it holds at least one layer of one micro-batch.
+        overlap: Whether pages are read ahead, by a thread; otherwise `acquire` reads them.
     """
 
-    def __init__(self, pool: DiskPool, io: IOPool, limit_bytes: int) -> None:
-        self._pool, self._io, self._limit_bytes = pool, io, limit_bytes
+    def __init__(self, pool: DiskPool, io: IOPool, limit_bytes: int, *, overlap: bool = True) -> None:
+        self._pool, self._io, self._limit_bytes, self._overlap = pool, io, limit_bytes, overlap
         self._where = layer_index(pool.groups)
         self._lock = threading.Condition()
         self._staged: dict[BatchLayer, StagedLayer] = {}
@@ -37,7 +38,7 @@ class ReadAhead:
 
     def begin(self, batches: Sequence[BatchSlots]) -> None:
         """Start reading the pages that these micro-batches will attend to."""
-        if batches:
+        if batches and self._overlap:
             self._thread = threading.Thread(target=self._read, args=(batches,), name="flexgen-kv-ahead", daemon=True)
             self._thread.start()
 
@@ -97,6 +98,8 @@ class ReadAhead:
 
     def acquire(self, batch: BatchSlots, layer: int) -> StagedLayer:
         """Wait until a layer's pages have been read, and return them."""
+        if not self._overlap:
+            self._stage(batch, layer)
         with self._lock:
             while (batch, layer) not in self._staged:
                 if self._failure is not None:

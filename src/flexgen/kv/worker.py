@@ -1,4 +1,4 @@
-"""A thread that computes attention in parallel with the rest of a pass."""
+"""A thread that computes attention in parallel with the rest of a pass, and what stands for it where nothing may be parallel."""
 
 from __future__ import annotations
 
@@ -47,3 +47,16 @@ class Worker:
         """Return once all jobs have run and the thread has ended."""
         self._jobs.put(None)
         self._thread.join()
+
+
+class AtOnce:
+    """Runs jobs on the thread that submits them, before `submit` returns; their errors are raised there."""
+
+    def submit(self, job: Callable[[], None]) -> None:
+        job()
+
+    def drain(self) -> None:
+        """Do nothing: all jobs have run."""
+
+    def close(self) -> None:
+        """Do nothing: there is no thread."""

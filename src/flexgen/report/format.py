@@ -47,8 +47,13 @@ def format_report(report: RunReport, done: str = "") -> str:
     answered = f"{report.num_requests - report.num_errors:,} of {counted(report.num_requests, 'request')} answered"
     done = done or f"{answered}, {report.num_errors:,} with errors"
     took = f"{format_seconds(report.elapsed_seconds)} (after {format_seconds(report.load_seconds)} of loading)"
-    told = [_speed(report), *_sparse(report), *_machine_lines(report), *_formats(report), *_limit(report)]
+    told = [_speed(report), *serially(report), *_sparse(report), *_machine_lines(report), *_formats(report), *_limit(report)]
     return "\n".join([f"done in {took}: {done}", *told])
+
+
+def serially(report: RunReport) -> list[str]:
+    """Return that computing and copies waited for each other, if they did."""
+    return [] if report.overlapping else ["without overlap: copies and computing waited for each other, which no plan expects"]
 
 
 def _formats(report: RunReport) -> list[str]:

@@ -71,6 +71,7 @@ class RunReport:
 
     Attributes:
         overlap: The ideal time of the busiest resource, summed over the passes, over the wall time.
+        overlapping: Whether bytes could be copied while something was computed; false in a run that shows what that is worth.
         plan: T* over that sum, where T* is the least ideal time of the job within its budgets.
         efficiency: T* over the wall time.
         ideal_seconds: T*.
@@ -139,6 +140,7 @@ class RunReport:
     busy_cores: float | None = None
     overlap_at_check: float | None = None
     efficiency_at_check: float | None = None
+    overlapping: bool = True
     formats: FormatChoice | None = None
     schema_version: int = SCHEMA_VERSION
 

@@ -30,11 +30,13 @@ class RunContext:
         budgets: The memory that the least ideal time may use.
         check: A function that measures the machine again and returns its rates before and after the run; None if the job is too short for
             that.
+        overlapping: As in the report.
     """
 
     load_seconds: float
     budgets: Budgets
     check: Callable[[], CheckedMachine] | None = None
+    overlapping: bool = True
 
 
 def make_report(log: RunLog, plan: Plan, placement: dict[str, dict[str, int]], device_bytes: int, context: RunContext) -> RunReport:
@@ -67,6 +69,7 @@ def make_report(log: RunLog, plan: Plan, placement: dict[str, dict[str, int]], d
         requests_per_s=counts.requests / elapsed,
         num_passes=passes.num_passes,
         overlap=busiest / elapsed,
+        overlapping=context.overlapping,
         plan=ideal / busiest if busiest else 1.0,
         efficiency=ideal / elapsed,
         ideal_seconds=ideal,

@@ -13,6 +13,7 @@ from flexgen.plan.search.ideal import Budgets, least_ideal_seconds
 from flexgen.plan.tell.forecast import Plan
 from flexgen.plan.tell.middle import Middle
 from flexgen.plan.workload import Workload
+from flexgen.report.format import serially
 from flexgen.report.pass_log import PassRecord
 from flexgen.report.progress import RunReport
 
@@ -186,5 +187,6 @@ def format_steady(report: SteadyReport) -> str:
             f"{format_seconds(of_pass['most'])}), {steady.live_mean:.1f} sequences, {run.prompt_tokens / count:.1f} prompt tokens; "
             f"moved: {', '.join(moved) or 'nothing'}",
             f"Figures:    overlap {run.overlap:.2f}   plan {run.plan:.2f}   efficiency {run.efficiency:.2f}",
+            *(f"Setting:    {each}" for each in serially(run)),
         ]
     )

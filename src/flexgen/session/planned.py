@@ -67,6 +67,7 @@ class PlannedEngine:
                 load_seconds=self.load_seconds,
                 budgets=budgets_of(prepared.limits, self.plan.spec, prepared.process_bytes),
                 check=check.end if check is not None else None,
+                overlapping=prepared.overlap,
             )
             self._resources = resources.pop_all()
 
@@ -174,8 +175,9 @@ def _opened(prepared: Prepared, resources: contextlib.ExitStack, recorder: Recor
     if backend is not None:
         backend.limit(limits.device_bytes)
     engine = SteadyEngine(
-        prepared.model, policy, backend=backend, offload_dir=offload_dir, verify_reads=prepared.verify_reads, recorder=recorder
-    )
+        prepared.model, policy, backend=backend, offload_dir=offload_dir, verify_reads=prepared.verify_reads, overlap=prepared.overlap,
+        recorder=recorder,
+    )  # fmt: skip
     resources.callback(engine.close)
     return engine
 

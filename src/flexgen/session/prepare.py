@@ -52,6 +52,7 @@ class Prepared:
         process_bytes: The resident memory of the process before any weight was loaded, plus that of checksums if reads are verified.
         random_weights: The random weights of this run, removed with it; None for real weights.
         verify_reads: As in EngineOptions.
+        overlap: As in EngineOptions.
     """
 
     model: AssembledModel
@@ -61,6 +62,7 @@ class Prepared:
     process_bytes: int
     random_weights: RandomWeights | None
     verify_reads: bool
+    overlap: bool
 
     def write_weights(self) -> None:
         """Write what the plan leaves on disk, where weights are random.
@@ -114,7 +116,7 @@ def prepare(found: ResolvedModel, options: EngineOptions, workload: Workload) ->
         undo.pop_all()
     return Prepared(
         model=model, plan=plan, limits=limits, workload=workload, process_bytes=process_bytes, random_weights=random_weights,
-        verify_reads=options.verify_reads,
+        verify_reads=options.verify_reads, overlap=options.overlap,
     )  # fmt: skip
 
 

@@ -1,57 +1,29 @@
 """The links on a unit's way to where computing happens, each with its own ring and thread.
 
-A link brings the same units pass after pass, in the order of use, and runs ahead as far as its ring allows.  The next link, or the
-sweep, takes each unit as it arrives and gives its slot back.
+A link brings the same units pass after pass, in the order of use, and runs ahead as far as its ring allows, or brings each of them when
+it is asked to.  The next link, or the sweep, takes each unit as it arrives and gives its slot back.
 """
 
 from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 import torch
 
-from flexgen.base.parallel import Parallel, serially
-from flexgen.base.recorder import WEIGHTS_TO_DEVICE, Recorder
+from flexgen.base.parallel import Parallel
+from flexgen.base.recorder import WEIGHTS_TO_DEVICE, Recorder, recorded
 from flexgen.devices.base import POISON, Device, Event
 from flexgen.errors import EngineError
 from flexgen.io.direct_io import FileSet
-from flexgen.io.pool import Contents, IOPool, Ticket
+from flexgen.io.pool import IOPool
+from flexgen.weights.arrival import Arrival, copy_in, read_unit
 from flexgen.weights.ring import ByteRing, Slot
 from flexgen.weights.unit import UnitForm, UnitLayout
 
 T = TypeVar("T")
-
-
-def read_unit(layout: UnitLayout, into: torch.Tensor, io: IOPool, files: FileSet, on_done: Callable[[], None] | None = None) -> Ticket:
-    """Start reading a unit's stored bytes into host memory."""
-    view = into.numpy().data
-    parts = [(files[each.path], each.offset, view[each.position : each.position + each.size]) for each in layout.extents]
-    return io.read(parts, on_done, Contents("weights", f"unit {layout.index}" if layout.index >= 0 else layout.name))
-
-
-@dataclass(slots=True, eq=False, kw_only=True)
-class Arrival:
-    """A unit that a link has brought, or is bringing.
-
-    Attributes:
-        layout: The layout of the unit.
-        data: The bytes of the unit at the end of the link, which may still be on their way (`ticket`, `events`).
-        form: The form of these bytes.
-        slot: The slot of `data` in the link's ring; None for a unit that stays in memory.
-        ticket: The read that fills `data`; None once it has finished.
-        events: The copies for which computing has to wait.
-    """
-
-    layout: UnitLayout
-    data: torch.Tensor
-    form: UnitForm
-    slot: Slot | None = None
-    ticket: Ticket | None = None
-    events: Sequence[Event] = field(default_factory=list[Event])
 
 
 class LinkState:
@@ -105,17 +77,21 @@ class Link:
         layouts: The units that the link brings in every pass, in order.
         buffer: The memory of the ring, uint8.
         state: The state shared by all links.
+        runs_ahead: Whether units are brought as far ahead as the ring allows, or only those that were asked for.
         poison: Whether to overwrite slots that are given back, so that a late use is noticed (for tests).
         recorder: The recorder of the trace; None without one.
     """
 
     def __init__(
-        self, name: str, layouts: Sequence[UnitLayout], buffer: torch.Tensor, state: LinkState, *, poison: bool, recorder: Recorder | None
-    ) -> None:
+        self, name: str, layouts: Sequence[UnitLayout], buffer: torch.Tensor, state: LinkState, *, runs_ahead: bool, poison: bool,
+        recorder: Recorder | None,
+    ) -> None:  # fmt: skip
         self.ring, self._recorder = ByteRing(len(buffer)), recorder
         self.thread = threading.Thread(target=self._run, name=name, daemon=True)
         self.layouts, self._buffer, self._state, self._poison = layouts, buffer, state, poison
         self._arrivals: deque[Arrival] = deque()
+        self._units = frozenset(layout.index for layout in layouts)
+        self._num_asked = None if runs_ahead else 0  # units that may be brought; None for any number
 
     def _run(self) -> None:
         try:
@@ -133,9 +109,17 @@ class Link:
         slot = self._state.until(lambda: self._take_slot(size_bytes))
         return None if slot is None else (slot, self._buffer[slot.offset : slot.offset + slot.size])
 
+    def ask(self, unit: int) -> None:
+        """Allow a link that does not run ahead to bring `unit`, which is the next one, if it is one of its units."""
+        with self._state.condition:
+            if self._num_asked is not None and unit in self._units:
+                self._num_asked += 1
+                self._state.condition.notify_all()
+
     def _take_slot(self, size_bytes: int) -> Slot | None:
-        slot = self.ring.take(size_bytes)
+        slot = None if self._num_asked == 0 else self.ring.take(size_bytes)
         if slot is not None:
+            self._num_asked = None if self._num_asked is None else self._num_asked - 1
             self._count()
         return slot
 
@@ -195,10 +179,10 @@ class DiskLink(Link):
     """A link from files into host memory, which reads several units at a time."""
 
     def __init__(
-        self, layouts: Sequence[UnitLayout], buffer: torch.Tensor, io: IOPool, files: FileSet, state: LinkState, *, poison: bool,
-        recorder: Recorder | None = None,
+        self, layouts: Sequence[UnitLayout], buffer: torch.Tensor, io: IOPool, files: FileSet, state: LinkState, *, runs_ahead: bool,
+        poison: bool, recorder: Recorder | None = None,
     ) -> None:  # fmt: skip
-        super().__init__("flexgen-disk-link", layouts, buffer, state, poison=poison, recorder=recorder)
+        super().__init__("flexgen-disk-link", layouts, buffer, state, runs_ahead=runs_ahead, poison=poison, recorder=recorder)
         self._io, self._files = io, files
 
     def _bring(self, layout: UnitLayout) -> bool:
@@ -225,10 +209,10 @@ class DeviceLink(Link):
 
     def __init__(
         self, layouts: Sequence[UnitLayout], buffer: torch.Tensor, backend: Device, host_homes: Mapping[int, Arrival],
-        disk: DiskLink | None, state: LinkState, *, decoding: Sequence[UnitLayout], parallel: Parallel, poison: bool,
+        disk: DiskLink | None, state: LinkState, *, decoding: Sequence[UnitLayout], parallel: Parallel, runs_ahead: bool, poison: bool,
         recorder: Recorder | None = None,
     ) -> None:  # fmt: skip
-        super().__init__("flexgen-device-link", layouts, buffer, state, poison=poison, recorder=recorder)
+        super().__init__("flexgen-device-link", layouts, buffer, state, runs_ahead=runs_ahead, poison=poison, recorder=recorder)
         self._backend, self._host_homes, self._disk, self._parallel = backend, host_homes, disk, parallel
         self._marker: Event | None = None  # a marker of the computing submitted before a slot was last given back
         largest = max((layout.carried_bytes for layout in decoding), default=0)
@@ -240,10 +224,9 @@ class DeviceLink(Link):
         if claimed is None or unit is None:
             return False
         slot, data = claimed
-        start = 0 if self._recorder is None else self._recorder.now()
-        events = copy_in(unit, data, self._decoded, self._backend, self._marker, self._parallel, self._recorder)
-        if self._recorder is not None:
-            self._recorder.slice(WEIGHTS_TO_DEVICE, f"unit {layout.index}", start, bytes=layout.carried_bytes, modules=layout.name)
+        size, name = layout.carried_bytes, f"unit {layout.index}"
+        with recorded(self._recorder, WEIGHTS_TO_DEVICE, name, bytes=size, modules=layout.name):
+            events = copy_in(unit, data, self._decoded, self._backend, self._marker, self._parallel, self._recorder)
         self._append(Arrival(layout=layout, data=data, form=UnitForm.CARRIED, slot=slot, events=events))
         if unit.form is UnitForm.STORED:  # other units use the memory that it comes from, or was decoded into
             for event in events:
@@ -260,41 +243,3 @@ class DeviceLink(Link):
 
     def _released(self) -> None:
         self._marker = self._backend.marker()
-
-
-def copy_in(
-    unit: Arrival, destination: torch.Tensor, decoded: torch.Tensor, backend: Device, after: Event | None = None,
-    parallel: Parallel = serially, recorder: Recorder | None = None,
-) -> Sequence[Event]:  # fmt: skip
-    """Copy a unit from host memory onto the device, and return once all of it is submitted.
-
-    Args:
-        destination: The memory on the device.
-        decoded: Host memory for tensors that the host has to decode before the copy.
-        after: A marker of the device; the copies start when it has passed.
-        parallel: Runs the loops of the decoding.
-        recorder: The recorder of the trace; None without one.
-
-    Returns:
-        The completion of the last copy, and so of all of them; nothing if there is nothing to copy.
-    """
-    portions = iter([(0, unit.data)]) if unit.form is UnitForm.CARRIED else unit.layout.carried(unit.data, decoded, parallel)
-    if recorder is not None and unit.form is UnitForm.STORED and _is_decoded(unit.layout):
-        portions = _recorded_decoding(portions, unit.layout.index, recorder)
-    return [backend.copy_in(destination[at : at + len(portion)], portion, after) for at, portion in portions][-1:]
-
-
-def _is_decoded(layout: UnitLayout) -> bool:
-    """Return whether the host decodes a tensor of the unit before it crosses the link."""
-    return not all(tensor.plain or tensor.source.carried_as_stored for tensor in layout.tensors)
-
-
-def _recorded_decoding(portions: Iterator[tuple[int, torch.Tensor]], unit: int, recorder: Recorder) -> Iterator[tuple[int, torch.Tensor]]:
-    """Yield the portions of a unit, and record how long each of them takes to decode."""
-    while True:
-        start = recorder.now()
-        portion = next(portions, None)
-        if portion is None:
-            return
-        recorder.slice(WEIGHTS_TO_DEVICE, f"decode unit {unit}", start, bytes=len(portion[1]))
-        yield portion

@@ -10,7 +10,7 @@ from typing import Protocol
 
 import torch
 
-from flexgen.base.recorder import COMPUTE, Recorder
+from flexgen.base.recorder import COMPUTE, Recorder, recorded
 from flexgen.devices.staging import Staging
 from flexgen.errors import StorageError
 from flexgen.io.aligned import AlignedBuffer
@@ -103,20 +103,27 @@ class EmbeddingRows:
         """
         if module in self._resident:
             return self._resident[module], token_ids
-        table = self._tables[module]
-        start = 0 if self._recorder is None else self._recorder.now()
-        unique, renumbered = torch.unique(token_ids.cpu() if host_ids is None else host_ids, return_inverse=True)
-        found = self._read(table, unique)
-        if self._sums and not self._agree(table, unique, found):
-            logger.warning("%s: rows of %s are not what they were; reading them again", table.path, module)
-            found = self._read(table, unique)
-            if not self._agree(table, unique, found):
-                raise StorageError(f"{table.path}: rows of {module} are not what they were when they were first read")
-        self.bytes_gathered += found.numel()
-        rows, renumbered = self._staging.to_device(_decoded(table, found), renumbered).take()
-        if self._recorder is not None:
-            self._recorder.slice(COMPUTE, "gather embedding rows", start, bytes=found.numel(), rows=len(unique))
+        with recorded(self._recorder, COMPUTE, "gather embedding rows") as told:
+            unique, renumbered = torch.unique(token_ids.cpu() if host_ids is None else host_ids, return_inverse=True)
+            found = self._checked(self._tables[module], unique)
+            told.update(bytes=found.numel(), rows=len(unique))
+            self.bytes_gathered += found.numel()
+            rows, renumbered = self._staging.to_device(_decoded(self._tables[module], found), renumbered).take()
         return rows, renumbered
+
+    def _checked(self, table: RowTable, wanted: torch.Tensor) -> torch.Tensor:
+        """Return the bytes of rows, which are read again if they are not what they were.
+
+        Raises:
+            StorageError: They are still not what they were.
+        """
+        found = self._read(table, wanted)
+        if self._sums and not self._agree(table, wanted, found):
+            logger.warning("%s: rows of %s are not what they were; reading them again", table.path, table.module)
+            found = self._read(table, wanted)
+            if not self._agree(table, wanted, found):
+                raise StorageError(f"{table.path}: rows of {table.module} are not what they were when they were first read")
+        return found
 
     def _file(self, path: Path) -> File:
         if path not in self._files:

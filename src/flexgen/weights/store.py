@@ -10,20 +10,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
 from flexgen.base.parallel import Parallel, serially
 from flexgen.base.quantities import align_up, format_size
-from flexgen.base.recorder import COMPUTE, Recorder
+from flexgen.base.recorder import COMPUTE, Recorder, recorded
 from flexgen.devices.base import POISON, Device
 from flexgen.io.aligned import AlignedBuffer, allocate_memory
 from flexgen.io.direct_io import FileSet
 from flexgen.io.pool import IOPool
 from flexgen.plan.policy import DEVICE_SCRATCH_UNITS, HOME_ALIGNMENT, SCRATCH_UNITS
+from flexgen.weights.arrival import Arrival, copy_in, read_unit
 from flexgen.weights.homes import allocate_homes
-from flexgen.weights.link import Arrival, DeviceLink, DiskLink, Link, LinkState, copy_in, read_unit
+from flexgen.weights.link import DeviceLink, DiskLink, Link, LinkState
+from flexgen.weights.scratch import ScratchPool
 from flexgen.weights.unit import DEVICE_ALIGNMENT, UnitForm, UnitLayout, UnitTensor
 
 Bind = Callable[[str, str, torch.Tensor], None]  # (module, parameter, tensor)
@@ -34,34 +36,6 @@ class Binder(Protocol):
 
     def bind(self, unit: int, module: str, parameter: str, tensor: torch.Tensor) -> None: ...
     def unbind(self, unit: int, module: str, parameter: str) -> None: ...
-
-
-class ScratchPool:
-    """Reused memory for decoding, a piece for each unit that is open; newly allocated pages would cause page faults in every pass.
-
-    Args:
-        size_bytes: The size of a piece.
-        pieces: The most pieces that there may be.
-        allocate: A function that returns uint8 memory of a given size where computing happens.
-    """
-
-    def __init__(self, size_bytes: int, pieces: int, allocate: Callable[[int], torch.Tensor]) -> None:
-        self._size_bytes, self._pieces, self._allocate = size_bytes, pieces, allocate
-        self._free: list[torch.Tensor] = []
-        self._num_taken = 0
-
-    @property
-    def has_room(self) -> bool:
-        """Whether one more unit may be decoded, by the memory that is accounted for."""
-        return self._num_taken < self._pieces
-
-    def take(self) -> torch.Tensor:
-        self._num_taken += 1
-        return self._free.pop() if self._free else self._allocate(self._size_bytes)
-
-    def give_back(self, scratch: torch.Tensor) -> None:
-        self._num_taken -= 1
-        self._free.append(scratch)
 
 
 class WeightStore:
@@ -78,6 +52,7 @@ class WeightStore:
         device_ring_bytes: The size of the ring on the device.
         on_arrival: A function that any thread calls when a unit may have become ready; it must not block.
         parallel: Runs the loops of the host's decoding.
+        runs_ahead: Whether links run ahead; otherwise they bring a unit when the sweep needs it and computes nothing else.
         poison: Whether to overwrite released memory, so that a late use is noticed (for tests).
         recorder: The recorder of the trace; None without one.
     """
@@ -95,13 +70,15 @@ class WeightStore:
         device_ring_bytes: int,
         on_arrival: Callable[[], None] = lambda: None,
         parallel: Parallel = serially,
+        runs_ahead: bool = True,
         poison: bool = False,
         recorder: Recorder | None = None,
     ) -> None:
         self._recorder = recorder
         self._layouts, self._homes, self._binder = layouts, homes, binder
         self._io, self._files, self._backend, self._poison, self._parallel = io, files, backend, poison, parallel
-        self._state = LinkState(on_arrival)
+        self._state, self._runs_ahead = LinkState(on_arrival), runs_ahead
+        self._asked: int | None = None  # the unit that links which do not run ahead bring
         self._allocate = backend.allocate if backend is not None else allocate_memory
         self._open: dict[int, tuple[Arrival, torch.Tensor | None]] = {}
         self._host_homes: dict[int, Arrival] = {}  # units in host memory that are not bound there
@@ -122,17 +99,17 @@ class WeightStore:
 
     def _chain(self, host_ring_bytes: int, device_ring_bytes: int) -> list[Link]:
         """Return the links that units need, starting at the disk; the sweep takes units from the last one."""
-        state, poison, backend, links = self._state, self._poison, self._backend, list[Link]()
-        disk = None
+        state, backend, links, disk = self._state, self._backend, list[Link](), None
+        how: dict[str, Any] = {"runs_ahead": self._runs_ahead, "poison": self._poison, "recorder": self._recorder}
         if from_disk := self._at_home("disk"):
             buffer = backend.allocate_host(host_ring_bytes) if backend is not None else AlignedBuffer(host_ring_bytes).tensor
-            disk = DiskLink(from_disk, buffer[:host_ring_bytes], self._io, self._files, state, poison=poison, recorder=self._recorder)
+            disk = DiskLink(from_disk, buffer[:host_ring_bytes], self._io, self._files, state, **how)
             links.append(disk)
         if backend is not None and (crossing := self._at_home("disk", "host", "encoded")):
             decoding = [layout for layout in self._at_home("disk", "encoded") if not layout.plain]
             links.append(DeviceLink(
                 crossing, backend.allocate(device_ring_bytes), backend, self._host_homes, disk, state, decoding=decoding,
-                parallel=self._parallel, poison=poison, recorder=self._recorder,
+                parallel=self._parallel, **how,
             ))  # fmt: skip
         return links
 
@@ -206,7 +183,7 @@ class WeightStore:
             link.thread.start()
 
     def is_ready(self, unit: int) -> bool:
-        """Return whether `unit` can be opened now without waiting (or is open).
+        """Return whether `unit` can be opened now without waiting (or is open); where links do not run ahead, they begin to bring it.
 
         No more than SCRATCH_UNITS (or DEVICE_SCRATCH_UNITS) are open that were decoded for that.  The micro-batch at the lowest unit never
         waits for another, because all lower units are released.
@@ -214,6 +191,10 @@ class WeightStore:
         if unit not in self._streamed or unit in self._open:
             return True
         self._state.check()
+        if not self._runs_ahead and unit != self._asked:
+            self._asked = unit
+            for link in self._links:
+                link.ask(unit)
         arrived = self._stays_encoded(unit) or self._links[-1].is_ready(unit)
         return arrived and (unit not in self._decoded or self._scratch.has_room)
 
@@ -225,7 +206,7 @@ class WeightStore:
         """Decode and bind a unit that is ready; idempotent while it is open."""
         if unit not in self._streamed or unit in self._open:
             return
-        arrival = self._host_homes[unit] if self._stays_encoded(unit) else self._links[-1].take(unit)
+        arrival, self._asked = self._host_homes[unit] if self._stays_encoded(unit) else self._links[-1].take(unit), None
         for event in arrival.events:
             assert self._backend is not None
             self._backend.await_in(event)
@@ -239,12 +220,12 @@ class WeightStore:
             return tensor.view(scratch, position)
 
         tensors = arrival.layout.tensors
-        start = 0 if self._recorder is None else self._recorder.now()
-        for tensor in tensors:
-            numbers = tensor.numbers(arrival.data, arrival.form, take, self._parallel)
-            self._binder.bind(unit, tensor.module, tensor.parameter, numbers)
-        if self._recorder is not None and scratch is not None:
-            self._recorder.slice(COMPUTE, f"decode unit {unit}", start, bytes=filled, modules=arrival.layout.name)
+        recorder = self._recorder if scratch is not None else None
+        with recorded(recorder, COMPUTE, f"decode unit {unit}", modules=arrival.layout.name) as told:
+            for tensor in tensors:
+                numbers = tensor.numbers(arrival.data, arrival.form, take, self._parallel)
+                self._binder.bind(unit, tensor.module, tensor.parameter, numbers)
+            told["bytes"] = filled
         if not any(tensor.is_view(arrival.form) for tensor in tensors):  # nothing that is computed later refers to the slot
             self._give_back(arrival)
         self._open[unit] = arrival, scratch
