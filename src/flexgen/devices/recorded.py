@@ -80,7 +80,7 @@ class RecordedDevice:
 
     def __init__(self, device: Device, recorder: Recorder) -> None:
         self._of, self._recorder = device, recorder
-        self.device, self.budget_bytes = device.device, device.budget_bytes
+        self.device, self.host, self.budget_bytes = device.device, device.host, device.budget_bytes
         self._in, self._urgent, self._out = (_Stream(recorder, track) for track in (HOST_TO_DEVICE, URGENT_TO_DEVICE, DEVICE_TO_HOST))
 
     @property
@@ -95,6 +95,9 @@ class RecordedDevice:
     def used_bytes(self) -> int:
         return self._of.used_bytes
 
+    def now(self) -> float:
+        return self._of.now()
+
     def limit(self, process_bytes: int) -> None:
         self._of.limit(process_bytes)
 
@@ -106,6 +109,9 @@ class RecordedDevice:
 
     def allocate_host(self, size_bytes: int) -> torch.Tensor:
         return self._of.allocate_host(size_bytes)
+
+    def allocate_pages(self, size_bytes: int) -> torch.Tensor:
+        return self._of.allocate_pages(size_bytes)
 
     def copy_in(self, destination: torch.Tensor, source: torch.Tensor, after: Event | None = None) -> RecordedCopy:
         start = self._look()
