@@ -82,7 +82,8 @@ def steady(
     """
     check_file(output_json, "--output-json")
     check_apart(options.trace, output_json)
-    job, counts = (num_prompts, input_len, output_len), {"warmup": warmup, "passes": passes}
+    job = {"num_prompts": num_prompts, "input_len": input_len, "output_len": output_len}
+    counts = {"warmup": warmup, "passes": passes}
     with showing(progress, results=sys.stderr if as_json else None) as display:
         if machine is None:
             report, figures = _measured(model, options, progress, display, job, counts)
@@ -103,28 +104,26 @@ def steady(
 
 
 def _measured(
-    model: str, options: EngineOptions, progress: str, display: Display, job: tuple[int, int, int], counts: dict[str, int]
+    model: str, options: EngineOptions, progress: str, display: Display, job: dict[str, int], counts: dict[str, int]
 ) -> tuple[SteadyReport, dict[str, Any]]:
     """Measure passes on this machine; return the report, and its figures as JSON."""
     with load(model, options, progress) as llm:
         from flexgen.bench.steady import run_steady
         from flexgen.bench.throughput import uniform_workload
 
-        workload = uniform_workload(llm, *job)
+        workload = uniform_workload(llm, **job)
         display.plan(llm.open(workload))
         report = run_steady(llm, workload, **counts, on_progress=display.progress)
     return report, report.to_json()
 
 
 def _simulated(
-    model: str, options: EngineOptions, machine: str, slow_motion: float, display: Display, job: tuple[int, int, int], counts: dict[str, int]
+    model: str, options: EngineOptions, machine: str, slow_motion: float, display: Display, job: dict[str, int], counts: dict[str, int]
 ) -> tuple[SteadyReport, dict[str, Any]]:
     """Simulate passes on another machine; return the report, and its figures as JSON."""
     from flexgen.bench.simulated import prepare_steady, simulate_steady
 
-    num_prompts, input_len, output_len = job
-    lengths = {"num_prompts": num_prompts, "input_len": input_len, "output_len": output_len}
-    prepared = prepare_steady(model, machine, options, **lengths, slow_motion=slow_motion)
+    prepared = prepare_steady(model, machine, options, **job, slow_motion=slow_motion)
     display.plan(prepared.plan)
     trace = {"trace": options.trace, "trace_passes": options.trace_passes}
     simulated = simulate_steady(prepared, **counts, seed=options.seed, **trace, on_progress=display.progress)

@@ -120,21 +120,18 @@ class TimedDevice(Arenas):
         budget_bytes: The budget of its arenas.
         machine: The machine, whose rates of links and of the disk are its typical ones.
         prices: The prices of operations on the "device" and on the "host".
-        slow_motion: How many times longer everything takes here.
-        rules: How copies are made.
-
-    Attributes:
         clock: The clock.
+        rules: How copies are made; None for the usual way.
     """
 
     def __init__(
-        self, budget_bytes: int, machine: Machine, prices: Mapping[str, Prices], slow_motion: float, rules: CopyRules | None = None
+        self, budget_bytes: int, machine: Machine, prices: Mapping[str, Prices], clock: Clock, rules: CopyRules | None = None
     ) -> None:
         super().__init__(budget_bytes)
         assert machine.host_to_device is not None
         assert machine.device_to_host is not None
         self.device = self.host = META
-        self.clock, self._rules = Clock(slow_motion), rules or CopyRules()
+        self.clock, self._rules = clock, rules or CopyRules()
         self._in_rate, self._out_rate, self._disk_rate = (
             each.typical for each in (machine.host_to_device, machine.device_to_host, machine.disk_read)
         )

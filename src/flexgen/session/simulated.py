@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from flexgen.base.steps import step
+from flexgen.devices.clock import Clock
 from flexgen.devices.timed import CopyRules, TimedDevice
 from flexgen.errors import OptionError
 from flexgen.hub.config import read_config
@@ -104,7 +105,7 @@ def prepare_simulated(
         step(f"choosing a plan for {machine.name}")
         plan = make_plan(options, model.spec, machine, limits, workload, process_bytes=PROCESS_BYTES[machine.device])
         prices = {place: OperationPrices(model.spec, machine, dtype, place) for place in ("device", "host")}
-        device = TimedDevice(limits.device_bytes - limits.device_overhead_bytes, machine, prices, slow_motion, rules)
+        device = TimedDevice(limits.device_bytes - limits.device_overhead_bytes, machine, prices, Clock(slow_motion), rules)
     except BaseException:
         weights.remove()
         raise
