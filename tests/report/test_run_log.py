@@ -9,7 +9,6 @@ import pytest
 
 from flexgen.errors import RequestError
 from flexgen.plan.price.work import PassWork
-from flexgen.report import run_log
 from flexgen.report.pass_log import PassLog
 from flexgen.report.progress import Progress
 from flexgen.report.run_log import RunCounts, RunLog
@@ -56,7 +55,7 @@ class Passes(PassLog):
 class Now:
     seconds = 1000.0
 
-    def perf_counter(self) -> float:
+    def __call__(self) -> float:
         return self.seconds
 
 
@@ -71,10 +70,9 @@ def new_log(**how: Any) -> RunLog:
 def test_the_time_left_goes_on_within_a_pass(monkeypatch: pytest.MonkeyPatch, unit: int, elapsed: float, expected: float) -> None:
     """The first pass should take 40 seconds; it is as fast as expected, four times or twice as slow, or twice as fast."""
     now = Now()
-    monkeypatch.setattr(run_log, "time", now)
     monkeypatch.setattr(RunLog, "_link_shares", lambda *_: {})
     told: list[Progress] = []
-    log = new_log(remaining=Remaining(), on_progress=told.append)
+    log = new_log(remaining=Remaining(), on_progress=told.append, now=now)
     log.begins(None)  # type: ignore[arg-type]
     now.seconds += elapsed
     log.tell(3, unit, 10)
@@ -131,12 +129,11 @@ def test_a_prompt_that_is_only_scored_has_no_length_of_an_answer() -> None:
 def test_a_pass_counts_as_progress(monkeypatch: pytest.MonkeyPatch) -> None:
     """Told only once some time has passed since it was told last."""
     now = Now()
-    monkeypatch.setattr(run_log, "time", now)
     monkeypatch.setattr(RunLog, "_link_shares", lambda *_: {})
     monkeypatch.setattr(Passes, "add", lambda *_: None)
     monkeypatch.setattr(Passes, "work_of", lambda *_: PassWork(num_prompt_tokens=6, num_sampled=2, num_scored=4))
     told: list[Progress] = []
-    log = new_log(on_progress=told.append, num_requests=3)
+    log = new_log(on_progress=told.append, num_requests=3, now=now)
     log.begins(None)  # type: ignore[arg-type]
     log.passed(1.0, {})
     log.tell(1, 0, 10)

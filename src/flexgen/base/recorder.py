@@ -15,7 +15,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +89,7 @@ class Recorder:
         path: The file.
         passes: The passes whose events are recorded, counted from 0; None for all events, those outside of passes included.
         about: What the trace is of, for its reader.
+        seconds: Returns the time in seconds.
 
     Attributes:
         pass_index: The index of the pass that began last; -1 before the first.
@@ -97,7 +98,13 @@ class Recorder:
         StorageError: The file cannot be written.
     """
 
-    def __init__(self, path: Path, passes: range | None = None, about: dict[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        passes: range | None = None,
+        about: dict[str, str] | None = None,
+        seconds: Callable[[], float] = time.perf_counter,
+    ) -> None:
         self.pass_index = -1
         self._path, self._passes = path, passes
         self._recording, self._ended = passes is None, False
@@ -106,7 +113,7 @@ class Recorder:
         self._tracks: dict[str, int] = {}  # name -> id; the writer's
         self._lock = threading.Lock()
         self._transferred: dict[str, int] = {}  # track -> end of the last transfer
-        self._origin = time.perf_counter_ns()
+        self._seconds, self._origin = seconds, seconds()
         self._written = 0  # bytes before the end of the object
         self._open(about or {})
         self._stop = threading.Event()
@@ -117,7 +124,7 @@ class Recorder:
 
     def now(self) -> int:
         """Return the time."""
-        return (time.perf_counter_ns() - self._origin) // 1000
+        return int((self._seconds() - self._origin) * 1e6)
 
     def begin_pass(self) -> int:
         """Record that the next pass begins, and return the time."""

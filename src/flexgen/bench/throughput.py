@@ -20,13 +20,18 @@ from flexgen.request import SamplingParams, TokenRequest
 
 
 def uniform_workload(llm: LLM, num_prompts: int, input_len: int, output_len: int) -> Workload:
-    """Make a workload of `num_prompts` requests of the same lengths.
+    """Make a workload of `num_prompts` requests of the same lengths; see `uniform_job`."""
+    return uniform_job(llm.max_model_len, num_prompts, input_len, output_len)
+
+
+def uniform_job(context: int, num_prompts: int, input_len: int, output_len: int) -> Workload:
+    """Make a workload of `num_prompts` requests of the same lengths, for a model with that context.
 
     Raises:
         OptionError: Prompt and answer do not fit the context.
     """
-    if input_len + output_len > llm.max_model_len:
-        raise OptionError(f"prompt and answer of {input_len + output_len} tokens exceed the context of {llm.max_model_len}")
+    if input_len + output_len > context:
+        raise OptionError(f"prompt and answer of {input_len + output_len} tokens exceed the context of {context}")
     return Workload(prompt_lens=(input_len,) * num_prompts, output_lens=(output_len,) * num_prompts)
 
 

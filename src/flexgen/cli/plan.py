@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flexgen.base.quantities import MIB
 from flexgen.base.steps import step
 from flexgen.cli import plan_answer
 from flexgen.cli.exit_codes import ExitCode
@@ -33,8 +32,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Approximate resident memory of a run before any weight is loaded: the interpreter, torch, transformers, kernels.
-PROCESS_BYTES = {"cpu": 480 * MIB, "sim": 480 * MIB, "cuda": 1500 * MIB}
 _JOB = "The job"
 PROMPT_LEN, GEN_LEN, NUM_REQUESTS = 512, 128, 1000
 
@@ -104,6 +101,8 @@ class _Question:
 
     def job(self, spec: ModelSpec, machine: Machine) -> dict[str, Any]:
         """Return the arguments of `make_plan` and `space_of`."""
+        from flexgen.plan.known.machines import PROCESS_BYTES
+
         options = dataclasses.replace(self.options, dtype=spec.dtype, device=self.limits.device)
         given = {"options": options, "spec": spec, "machine": machine, "limits": self.limits, "workload": self.workload}
         return given | {"process_bytes": PROCESS_BYTES[self.limits.device]}
@@ -240,9 +239,9 @@ def _spec_of(model: str, options: EngineOptions, device: str, *, bfloat16: bool 
 
 
 def _has_bfloat16(device: str, box: Machine | None) -> bool:
-    """Return whether a machine, or this one, has units for bfloat16; one whose rates are those of data sheets has what they print."""
+    """Return whether a machine, or this one, has units for bfloat16."""
     if box is not None:
-        return box.origin == "measured" or "bfloat16" in box.dense
+        return box.has_bfloat16
     from flexgen.session.dtypes import has_bfloat16
 
     return has_bfloat16(device)

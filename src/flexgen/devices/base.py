@@ -5,12 +5,14 @@ On a CPU there is no such device: computing happens in host memory.
 
 from __future__ import annotations
 
+import time
 from typing import Protocol
 
 import torch
 
 from flexgen.base.quantities import format_size
 from flexgen.errors import CapacityError
+from flexgen.io.aligned import allocate_memory
 
 HOST = torch.device("cpu")
 POISON = 0xFF  # as floating point: NaN in every format
@@ -37,6 +39,7 @@ class Device(Protocol):
 
     Attributes:
         device: The torch device of tensors to compute with.
+        host: The torch device of host memory beside it, and so of tensors that the host attends with.
         bytes_in: The bytes copied to the device so far.
         bytes_out: The bytes copied from the device so far.
         budget_bytes: The most bytes that `allocate` may return in total.
@@ -44,6 +47,7 @@ class Device(Protocol):
     """
 
     device: torch.device
+    host: torch.device
     budget_bytes: int
 
     @property
@@ -52,6 +56,10 @@ class Device(Protocol):
     def bytes_out(self) -> int: ...
     @property
     def used_bytes(self) -> int: ...
+
+    def now(self) -> float:
+        """Return the time, in seconds, by which what happens on the device and beside it is measured."""
+        ...
 
     def limit(self, process_bytes: int) -> None:
         """Let this process take no more than so many bytes of the device's memory, all together, until the device is closed.
@@ -77,6 +85,10 @@ class Device(Protocol):
 
         It takes whole pages, and must not be used after `close`.
         """
+        ...
+
+    def allocate_pages(self, size_bytes: int) -> torch.Tensor:
+        """Return a uint8 arena in host memory that no copy starts from or ends in, such as the pages of KV that the host attends to."""
         ...
 
     def copy_in(self, destination: torch.Tensor, source: torch.Tensor, after: Event | None = None) -> Event:
@@ -120,13 +132,21 @@ class Device(Protocol):
 
 
 class Arenas:
-    """The budget of a device's arenas, and the bytes that were copied."""
+    """The budget of a device's arenas, and the bytes that were copied; the host beside it is this one."""
+
+    host = HOST
 
     def __init__(self, budget_bytes: int) -> None:
         self.budget_bytes = budget_bytes
         self.used_bytes = 0
         self.bytes_in = 0
         self.bytes_out = 0
+
+    def now(self) -> float:
+        return time.perf_counter()
+
+    def allocate_pages(self, size_bytes: int) -> torch.Tensor:
+        return allocate_memory(size_bytes)
 
     def limit(self, process_bytes: int) -> None:
         """Do nothing: no driver counts."""

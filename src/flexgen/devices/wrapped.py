@@ -16,7 +16,7 @@ class WrappedDevice:
 
     def __init__(self, device: Device) -> None:
         self._of = device
-        self.device, self.budget_bytes = device.device, device.budget_bytes
+        self.device, self.host, self.budget_bytes = device.device, device.host, device.budget_bytes
 
     @property
     def bytes_in(self) -> int:
@@ -30,6 +30,9 @@ class WrappedDevice:
     def used_bytes(self) -> int:
         return self._of.used_bytes
 
+    def now(self) -> float:
+        return self._of.now()
+
     def limit(self, process_bytes: int) -> None:
         self._of.limit(process_bytes)
 
@@ -41,6 +44,9 @@ class WrappedDevice:
 
     def allocate_host(self, size_bytes: int) -> torch.Tensor:
         return self._of.allocate_host(size_bytes)
+
+    def allocate_pages(self, size_bytes: int) -> torch.Tensor:
+        return self._of.allocate_pages(size_bytes)
 
     def copy_in(self, destination: torch.Tensor, source: torch.Tensor, after: Event | None = None) -> Event:
         return self._of.copy_in(destination, source, after)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -94,7 +93,7 @@ class Engine:
             machine: The measured rates with which the passes are compared; None to compare them with none.
             how: The other arguments of `RunLog`.
         """
-        return RunLog(self.runner, PassLog(self._model.spec, machine, self.policy, self.runner.homes), **how)
+        return RunLog(self.runner, PassLog(self._model.spec, machine, self.policy, self.runner.homes), now=self.runner.now, **how)
 
     def load(self) -> None:
         """Read the weights that stay in memory and start the links; call it once."""
@@ -222,7 +221,7 @@ class Engine:
     def _run(self, plan: PassPlan) -> list[TokenResult]:
         failpoint("engine.pass")
         recorder = self._recorder
-        start, begun = time.perf_counter(), 0 if recorder is None else recorder.begin_pass()
+        start, begun = self.runner.now(), 0 if recorder is None else recorder.begin_pass()
         self.log.begins(pass_load(plan, tuple(self.runner.places), of_positions(self.cache.groups)))
         self._prepare_guides(plan)
         with torch.no_grad():
@@ -232,7 +231,7 @@ class Engine:
                 sampling = [self._sample(batch, output.logits) for batch, output in zip(plan.micro_batches, outputs, strict=True)]
                 received = zip(plan.micro_batches, outputs, sampling, strict=True)
                 results = [result for batch, output, chosen in received for result in self._receive(batch, output.scores, chosen)]
-        self.log.passed(time.perf_counter() - start, waits)
+        self.log.passed(self.runner.now() - start, waits)
         if recorder is not None:
             rows = sum(each.length for batch in plan.micro_batches for each in batch.slices)
             recorder.slice(PASSES, f"pass {recorder.pass_index}", begun, micro_batches=len(plan.micro_batches), rows=rows)

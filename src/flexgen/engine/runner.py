@@ -9,6 +9,7 @@ import contextlib
 import logging
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,6 +81,7 @@ class ModelRunner:
         cache: The pages of all sequences.
         copies: The copies of small tensors to and from the computing device.
         values: The bytes of values that sparse attention saw and did not read since the runner was made.
+        now: Returns the time in seconds by which passes are measured.
     """
 
     def __init__(
@@ -100,7 +102,7 @@ class ModelRunner:
             backend = SerialDevice(backend, recorder)
         self.model, self.policy, self._recorder = model, policy, recorder
         self._previous_threads, self._previous_interval = torch.get_num_threads(), sys.getswitchinterval()
-        self._backend = backend
+        self._backend, self.now = backend, time.perf_counter if backend is None else backend.now
         with contextlib.ExitStack() as opened:  # what outlives a failed construction is closed by it, too
             if backend is not None:
                 opened.callback(backend.close)
@@ -113,7 +115,7 @@ class ModelRunner:
             self.copies = PackedCopies(staging)
             self._rows = EmbeddingRows(model.tables, staging, verify=verify_reads, recorder=recorder)
             opened.callback(self._rows.close)
-            self._io = IOPool(policy.io_threads, recorder)
+            self._io = IOPool(policy.io_threads, recorder, self.now)
             opened.callback(self._io.close)
             self._decoders = KernelThreads(policy.compute_threads)
             opened.callback(self._decoders.close)
@@ -207,7 +209,7 @@ class ModelRunner:
                 place.begin_pass([forward.view for forward in forwards if forward.batch.home == home])
         if recorder is not None:
             record = SweepRecorder(recorder, forwards, [layout.name for layout in self.model.layouts])
-        waits = run_pass(forwards, self._weights, self.num_units, self._arrived, on_unit, record)
+        waits = run_pass(forwards, self._weights, self.num_units, self._arrived, on_unit, record, self.now)
         with recorded(recorder, COMPUTE, "wait for KV", WAITING):
             for place in self.places.values():
                 place.finish_pass()

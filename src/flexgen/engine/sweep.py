@@ -181,7 +181,7 @@ class SweepRecorder:
 
 def run_pass(
     forwards: Sequence[MicroBatchForward], weights: WeightStore, num_units: int, arrived: threading.Event,
-    on_unit: Callable[[int], None], record: SweepRecorder | None = None,
+    on_unit: Callable[[int], None], record: SweepRecorder | None = None, now: Callable[[], float] = time.perf_counter,
 ) -> dict[str, float]:  # fmt: skip
     """Take all micro-batches through the model.
 
@@ -192,6 +192,7 @@ def run_pass(
         arrived: An event that other threads set whenever a unit has arrived or attention is done.
         on_unit: A function that is called whenever the frontmost micro-batch enters a unit.
         record: What records the pass for the trace; None without one.
+        now: Returns the time in seconds.
 
     Returns:
         For each cause ("attention" or "weights"), the seconds in which there was nothing to run.
@@ -204,7 +205,7 @@ def run_pass(
             arrived.clear()  # before checking: an arrival in the meantime sets it again
             forward = _next_runnable(active, weights)
             if forward is None:
-                _wait(active, arrived, waits, record)
+                _wait(active, arrived, waits, record, now)
                 continue
             resumed, forward.pending = forward.pending is not None, None
             if record is not None:
@@ -244,10 +245,13 @@ def _unit_of(forward: MicroBatchForward) -> int:
     return forward.unit
 
 
-def _wait(active: Sequence[MicroBatchForward], arrived: threading.Event, waits: dict[str, float], record: SweepRecorder | None) -> None:
+def _wait(
+    active: Sequence[MicroBatchForward], arrived: threading.Event, waits: dict[str, float], record: SweepRecorder | None,
+    now: Callable[[], float],
+) -> None:  # fmt: skip
     cause = "attention" if any(each.pending is not None and not each.pending.done() for each in active) else "weights"
     if record is not None:
         record.waits(cause, active)
-    start = time.perf_counter()
+    start = now()
     arrived.wait(IDLE_SECONDS if cause == "weights" else POLL_SECONDS)
-    waits[cause] = waits.get(cause, 0.0) + time.perf_counter() - start
+    waits[cause] = waits.get(cause, 0.0) + now() - start

@@ -98,6 +98,7 @@ class IOPool:
     Args:
         num_threads: The number of threads.
         recorder: The recorder of the trace; None without one.
+        now: Returns the time in seconds.
 
     Attributes:
         bytes_read: Bytes read so far.
@@ -105,8 +106,8 @@ class IOPool:
         busy_seconds: Time so far during which at least one transfer was in flight.
     """
 
-    def __init__(self, num_threads: int, recorder: Recorder | None = None) -> None:
-        self._recorder = recorder
+    def __init__(self, num_threads: int, recorder: Recorder | None = None, now: Callable[[], float] = time.perf_counter) -> None:
+        self._recorder, self._now = recorder, now
         self._transfers: queue.SimpleQueue[_Transfer | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._in_flight = 0
@@ -146,7 +147,7 @@ class IOPool:
         ticket = Ticket(len(chunks), on_done, record)
         with self._lock:
             if chunks and self._in_flight == 0:
-                self._busy_since = time.perf_counter()
+                self._busy_since = self._now()
             self._in_flight += len(chunks)
         for file, offset, view in chunks:
             self._transfers.put(_Transfer(file, offset, view, ticket, write, contents))
@@ -169,7 +170,7 @@ class IOPool:
                 else:
                     self.bytes_read += size
                 if self._in_flight == 0:
-                    self.busy_seconds += time.perf_counter() - self._busy_since
+                    self.busy_seconds += self._now() - self._busy_since
             transfer.ticket.part_done(error)
             del transfer, file  # an idle thread keeps no buffer alive
 

@@ -43,8 +43,14 @@ def _gathered_kernels(device: torch.device, num_threads: int) -> AttentionKernel
     return GatheredKernels()
 
 
+def _priced_kernels(device: torch.device, num_threads: int) -> AttentionKernels:
+    from flexgen.kernels.priced import PricedKernels
+
+    return PricedKernels()
+
+
 KERNELS: dict[str, Callable[[torch.device, int], AttentionKernels]] = {
-    "cpu": _cpu_kernels, "cuda": _cuda_kernels, "sim": _gathered_kernels,
+    "cpu": _cpu_kernels, "cuda": _cuda_kernels, "sim": _gathered_kernels, "meta": _priced_kernels,
 }  # fmt: skip
 
 

@@ -32,4 +32,10 @@ def _cuda_kernels(device: torch.device) -> GroupedKernels | None:
     return TritonGroupedKernels()
 
 
-KERNELS: dict[str, Callable[[torch.device], GroupedKernels | None]] = {"cuda": _cuda_kernels}
+def _priced_kernels(device: torch.device) -> GroupedKernels:
+    from flexgen.kernels.priced import PricedGroupedKernels
+
+    return PricedGroupedKernels()
+
+
+KERNELS: dict[str, Callable[[torch.device], GroupedKernels | None]] = {"cuda": _cuda_kernels, "meta": _priced_kernels}

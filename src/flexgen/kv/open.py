@@ -75,6 +75,11 @@ class KVSetup:
         groups = on_disk(self.groups) if tier == "disk" else self.groups
         return divide_pool(groups, sizes[tier], policy.longest_sequence, tail_count(policy, tier))
 
+    @property
+    def host(self) -> torch.device:
+        """The device of host memory."""
+        return self.backend.host if self.backend is not None else HOST
+
     def kernels(self, device: torch.device) -> AttentionKernels:
         return attention_kernels(device, self.policy.compute_threads)
 
@@ -85,7 +90,7 @@ class KVSetup:
 
     def host_attention(self, worker: str, sparse: SparseAttention | None) -> HostAttention:
         """Return host attention with a worker thread of this name."""
-        kernels, device_kernels = self.kernels(HOST), self.kernels(self.device)
+        kernels, device_kernels = self.kernels(self.host), self.kernels(self.device)
         return HostAttention(
             self.groups, kernels, device_kernels, self.staging, self.flow, self.notify, worker, sparse, self.recorder, overlap=self.overlap
         )
@@ -106,9 +111,10 @@ def _open_device(setup: KVSetup) -> Opened:
 
 
 def _open_host(setup: KVSetup) -> Opened:
-    pool = PagePool(setup.groups, setup.num_pages("host"))
     if setup.backend is None:
+        pool = PagePool(setup.groups, setup.num_pages("host"))
         return pool, LocalPlace(pool, setup.kernels(HOST), setup.sparse())
+    pool = PagePool(setup.groups, setup.num_pages("host"), setup.backend.allocate_pages)
     return pool, HostPlace(pool, setup.host_attention("flexgen-host-attention", setup.sparse()))
 
 

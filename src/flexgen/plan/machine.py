@@ -208,6 +208,11 @@ class Machine:
         """Threads that read and write files."""
         return io_threads(self.cores)
 
+    @property
+    def has_bfloat16(self) -> bool:
+        """Whether there are units for bfloat16: a machine whose rates are those of data sheets has what they print."""
+        return self.origin == "measured" or "bfloat16" in self.dense
+
     def dense_flops(self, dtype: str) -> float:
         """Return the best rate of a linear layer over all row counts.
 

@@ -67,6 +67,7 @@ class RunLog:
         remaining: An estimator of the time left; None without a forecast.
         num_requests: The number of requests of the run, or None if it is unknown.
         on_progress: A callback that receives a snapshot from time to time.
+        now: Returns the time in seconds.
 
     Attributes:
         passes: The passes so far.
@@ -88,17 +89,18 @@ class RunLog:
         remaining: RemainingTime | None = None,
         num_requests: int | None = None,
         on_progress: Callable[[Progress], None] | None = None,
+        now: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.passes, self.counts = passes, RunCounts()
         self.finish_reasons: Counter[str] = Counter()
         self.given, self.generated, self.scored, self.found = array("q"), array("q"), array("q"), array("q")
         self.elapsed_seconds = 0.0
         self._meters, self._remaining = meters, remaining
-        self._num_requests, self._on_progress = num_requests, on_progress
+        self._num_requests, self._on_progress, self._now = num_requests, on_progress, now
         self._moved_before, self._busy_before = meters.bytes_moved(), meters.disk_busy_seconds()
         self._values_before = meters.values_attended()
         self._prompt_tokens = self._output_tokens = self._scored_tokens = 0  # tokens of the passes so far
-        self._begin = self._pass_begin = self._told = time.perf_counter()
+        self._begin = self._pass_begin = self._told = now()
         self._moved_told = self.bytes_moved()
         self._work = PassWork()  # the work of the last pass
         self._pass_expected_seconds = 0.0
@@ -116,7 +118,7 @@ class RunLog:
     def begins(self, load: PassLoad) -> None:
         """Record that a pass is about to begin."""
         self._work = self.passes.work_of(load)
-        self._pass_begin = time.perf_counter()
+        self._pass_begin = self._now()
         self._pass_expected_seconds = self.passes.expected_of(self._work)
 
     def passed(self, seconds: float, waits: dict[str, float]) -> None:
@@ -151,7 +153,7 @@ class RunLog:
 
     def over(self) -> None:
         """Record that the run has ended."""
-        self.elapsed_seconds = time.perf_counter() - self._begin
+        self.elapsed_seconds = self._now() - self._begin
 
     # -- figures --------------------------------------------------------------------------------------------------------------------
 
@@ -175,7 +177,7 @@ class RunLog:
             unit: The unit that the pass has reached.
             num_units: The number of units of a pass.
         """
-        now = time.perf_counter()
+        now = self._now()
         if self._on_progress is None or now - self._told < PROGRESS_SECONDS:
             return
         elapsed, moved = now - self._begin, self.bytes_moved()
@@ -204,7 +206,7 @@ class RunLog:
         """Return the estimated seconds left at the pace so far, with `share` of the current pass done; None without a forecast."""
         if self._remaining is None:
             return None
-        spent = self.passes.seconds + time.perf_counter() - self._pass_begin
+        spent = self.passes.seconds + self._now() - self._pass_begin
         left = self._remaining.seconds(spent, self.passes.expected_seconds + share * self._pass_expected_seconds)
         return max(left, (1 - share) * self._pass_expected_seconds)  # the forecast may have been wrong about the number of passes
 

@@ -57,7 +57,8 @@ class PlannedEngine:
         with contextlib.ExitStack() as resources:
             resources.callback(prepared.discard)
             prepared.write_weights()
-            check = _machine_check(prepared)
+            check = _machine_check(prepared) if prepared.device is None else None
+            self._clock = None if prepared.device is None else prepared.device.clock
             start = time.perf_counter()
             self._engine = _opened(prepared, resources, recorder)
             self._engine.load()
@@ -133,6 +134,8 @@ class PlannedEngine:
         start = time.perf_counter()
         with self._engine.middle(requests, num_skipped=num_skipped, seed=seed) as run_pass:
             prepare_seconds = time.perf_counter() - start
+            if self._clock is not None:
+                self._clock.start()
             warmup = self._measured(run_pass, num_warmup, on_progress)
             passes = self._measured(run_pass, num_passes, on_progress)
             if len(passes) < num_passes:
@@ -147,10 +150,11 @@ class PlannedEngine:
         """Run so many passes, which have a log of their own."""
         self._engine.log = log = self._engine.new_log(self.plan.machine, on_progress=on_progress)
         passes: list[MeasuredPass] = []
-        end, moved = time.perf_counter(), log.bytes_moved()
+        now = self._engine.runner.now
+        end, moved = now(), log.bytes_moved()
         while len(passes) < count and run_pass():
             start, before = end, moved
-            end, moved = time.perf_counter(), log.bytes_moved()
+            end, moved = now(), log.bytes_moved()
             passes.append(MeasuredPass.of(log.passes.last, end - start, {link: moved[link] - before[link] for link in moved}))
         log.over()
         return passes
@@ -171,7 +175,7 @@ def _opened(prepared: Prepared, resources: contextlib.ExitStack, recorder: Recor
         offload = OffloadFolder(Path(limits.offload_dir))
         resources.callback(offload.remove)
         offload_dir = offload.path
-    backend = open_device(limits.device, limits.device_bytes - limits.device_overhead_bytes)
+    backend = prepared.device or open_device(limits.device, limits.device_bytes - limits.device_overhead_bytes)
     if backend is not None:
         backend.limit(limits.device_bytes)
     engine = SteadyEngine(

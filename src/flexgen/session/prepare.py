@@ -16,6 +16,7 @@ import torch
 from flexgen.base.heap import limit_heap
 from flexgen.base.quantities import GIB, MIB
 from flexgen.base.steps import step
+from flexgen.devices.timed import TimedDevice
 from flexgen.errors import FlexGenError
 from flexgen.formats import warming
 from flexgen.io.checksums import BLOCK_BYTES, BYTES_PER_BLOCK
@@ -53,6 +54,7 @@ class Prepared:
         random_weights: The random weights of this run, removed with it; None for real weights.
         verify_reads: As in EngineOptions.
         overlap: As in EngineOptions.
+        device: A simulated device with a clock, on which nothing is computed; None for the device of this machine.
     """
 
     model: AssembledModel
@@ -63,6 +65,7 @@ class Prepared:
     random_weights: RandomWeights | None
     verify_reads: bool
     overlap: bool
+    device: TimedDevice | None = None
 
     def write_weights(self) -> None:
         """Write what the plan leaves on disk, where weights are random.

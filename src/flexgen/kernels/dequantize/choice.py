@@ -15,7 +15,14 @@ logger = logging.getLogger(__name__)
 
 @functools.cache
 def dequantize_kernels(device: torch.device) -> DequantizeKernels:
-    """Return Triton's kernels for a CUDA device that they compile for, and plain torch operations for every other device."""
+    """Return Triton's kernels for a CUDA device that they compile for, and plain torch operations for every other device.
+
+    Where tensors have no numbers, decoding has a price only.
+    """
+    if device.type == "meta":
+        from flexgen.kernels.priced import PricedDequantizeKernels
+
+        return PricedDequantizeKernels()
     if device.type != "cuda":
         return DequantizeKernels()
     if reason := why_not_triton(device):

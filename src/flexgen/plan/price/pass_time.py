@@ -129,12 +129,12 @@ class Expectation:
         compute = compute + _dense_seconds(self._head, self._dense, work.num_scored, work.num_scored / micro_batches)
         compute = compute + work.num_scored * self._score_seconds
         compute = compute + work.num_tokens * self._token_seconds + work.attention_flops / self._attention
-        compute = compute + self._steps_seconds("device", work.step_flops, work.step_bytes, work.sparse_step_bytes)
+        compute = compute + self.steps_seconds("device", work.step_flops, work.step_bytes, work.sparse_step_bytes)
         compute = compute + work.device_decoded_bytes / self._device_decoding
         lead = micro_batches * self._issuing_seconds + work.num_streamed_units * overheads.per_unit
         lead = lead + work.num_sequences * overheads.per_sequence
         lead = lead + work.num_tokens * overheads.per_gathered_row * (not policy.embedding_resident)
-        host = self._steps_seconds("host", work.host_step_flops, work.host_step_bytes, work.host_sparse_step_bytes)
+        host = self.steps_seconds("host", work.host_step_flops, work.host_step_bytes, work.host_sparse_step_bytes)
         host = host + work.decoded_bytes / self._decoding
         working = work.disk_read_bytes * machine.disk_core_seconds_per_byte + work.num_disk_requests * machine.disk_request.core_seconds
         host = host + working / machine.cores + work.gathered_bytes / machine.host_memory.typical
@@ -168,11 +168,11 @@ class Expectation:
         return self._attention_seconds(work) / dense if dense else 1.0
 
     def _attention_seconds(self, work: PassWork) -> float:
-        on_device = self._steps_seconds("device", work.step_flops, work.step_bytes, work.sparse_step_bytes)
-        on_host = self._steps_seconds("host", work.host_step_flops, work.host_step_bytes, work.host_sparse_step_bytes)
+        on_device = self.steps_seconds("device", work.step_flops, work.step_bytes, work.sparse_step_bytes)
+        on_host = self.steps_seconds("host", work.host_step_flops, work.host_step_bytes, work.host_sparse_step_bytes)
         return float(np.sum(on_device) + np.sum(on_host))
 
-    def _steps_seconds(self, place: str, flops: Any, kv_bytes: Any, sparse_bytes: Any) -> Any:
+    def steps_seconds(self, place: str, flops: Any, kv_bytes: Any, sparse_bytes: Any) -> Any:
         """Return the seconds of next tokens' attention to KV, to `sparse_bytes` of it sparsely.
 
         Where sparse attention has no rate, it counts as dense. Where the rate of a low-bit format is unknown, its numbers are assumed to be

@@ -21,7 +21,7 @@ from importlib import resources
 from pathlib import Path
 
 from flexgen.base.from_json import parsed_json
-from flexgen.base.quantities import format_size, parse_size
+from flexgen.base.quantities import MIB, format_size, parse_size
 from flexgen.errors import OptionError
 from flexgen.options import EngineOptions
 from flexgen.plan.known.box import box_of, is_box
@@ -41,6 +41,9 @@ MACHINES = (
     "t4-gcp", "t4-64gb", "l4-64gb", "a10g-64gb", "16gb-gpu-64gb", "rtx3060-12gb-32gb", "rtx3090-64gb", "rtx4090-64gb", "rtx5090-128gb",
     "a100-80gb-512gb", "h100-80gb-512gb",
 )  # fmt: skip
+
+# Approximate resident memory of a run before any weight is loaded: the interpreter, torch, transformers, kernels.
+PROCESS_BYTES = {"cpu": 480 * MIB, "sim": 480 * MIB, "cuda": 1500 * MIB}
 
 
 def find_machine(name: str) -> Machine:
