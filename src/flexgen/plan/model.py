@@ -17,7 +17,7 @@ from flexgen.plan.policy import PAGE_TOKENS
 
 # Matches the number of a layer in the name of a unit.
 _LAYER_NUMBER = re.compile(r"(?<=\.)(0|[1-9]\d*)(?=\.| |$)")
-_ENCODED, _IN_INT8, _DECODED_FROM = "encoded_bytes", "int8_flops_per_token", "decoded_from"
+_ENCODED, _IN_INT8, _DECODED_FROM, _EXPERTS = "encoded_bytes", "int8_flops_per_token", "decoded_from", "expert_numbers_per_token"
 # What is left out of the JSON of a model whose KV is in the dtype of computing.
 _KV_FORMAT, _LOW_BIT = "kv_format", ("exact_bytes_per_token", "slot_bytes_per_token")
 # What is left out of the JSON of a model whose generated tokens attend to all that they see.
@@ -109,6 +109,8 @@ class ModelSpec:
             stored (see `int8_name` for those that are rounded then); empty if that is not known: then all count as `number_format`.
         kv_format: The low-bit format of KV; None for the dtype of computing.
         sparse_attention: The share of positions that a head of a generated token keeps; None for all.
+        expert_numbers_per_token: The numbers that the experts of a token, which are computed together on a device, hold at a time in the
+            layer where they are most.
     """
 
     name: str
@@ -127,6 +129,7 @@ class ModelSpec:
     decoded_from: dict[str, int] = field(default_factory=dict[str, int])
     kv_format: str | None = None
     sparse_attention: float | None = None
+    expert_numbers_per_token: int = 0
 
     @cached_property
     def streamed_bytes(self) -> int:
@@ -190,8 +193,9 @@ class ModelSpec:
         """Return the model as JSON; units that differ only in the layer's number are written once, and runs of equal layers as a count."""
         fields = dataclasses.asdict(dataclasses.replace(self, units=())) | dataclasses.asdict(_packed(self.units))
         del fields["units"]
-        if not fields[_DECODED_FROM]:
-            del fields[_DECODED_FROM]
+        for name in (_DECODED_FROM, _EXPERTS):
+            if not fields[name]:
+                del fields[name]
         for kind in fields["unit_kinds"]:
             if kind[_ENCODED] is None:  # as for most units
                 del kind[_ENCODED]
@@ -221,12 +225,11 @@ class ModelSpec:
         """
         fields = parsed_json(text, "model")
         try:
-            fields.setdefault(_DECODED_FROM, {})
             packed = {name: fields.pop(name) for name in ("unit_kinds", "unit_runs") if name in fields}
             for kind in packed.get("unit_kinds", ()):
                 kind.setdefault(_ENCODED, None)
                 kind.setdefault(_IN_INT8, 0.0)
-            fields = {_KV_FORMAT: None, _SPARSE: None} | fields
+            fields = {_KV_FORMAT: None, _SPARSE: None, _DECODED_FROM: {}, _EXPERTS: 0} | fields
             for group in fields.get("kv_groups", ()):
                 for name, default in (_OF_SPARSE | dict.fromkeys(_LOW_BIT, 0)).items():
                     group.setdefault(name, default)
