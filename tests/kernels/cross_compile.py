@@ -18,6 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from flexgen.kernels.encoded import EncodedMatrices
 from flexgen.kernels.grouped import Window, sorted_pairs
 from flexgen.kernels.prompts import paged_prompts
 from flexgen.kernels.triton.experts import TritonGroupedKernels
@@ -143,6 +144,39 @@ def experts(
     return call
 
 
+def codes(
+    dtype: torch.dtype, count: int, blocks: int, outputs: int, inputs: int, group: int, *, scales: torch.dtype, zeros: str
+) -> EncodedMatrices:
+    """Matrices in codes of 4 bits; their zeros are those of "e2m1", "none", in "words" or in "bytes"."""
+    shape = count, blocks, outputs, -(-inputs // group)
+    words = torch.empty(count, blocks, -(-outputs // 8), shape[3], dtype=torch.int32, device=META)
+    found = {"words": words, "bytes": torch.empty(shape, dtype=torch.int8, device=META)}.get(zeros)
+    return EncodedMatrices(
+        codes=torch.empty(count, blocks, outputs, 4 * -(-inputs // 8), dtype=torch.uint8, device=META),
+        scales=torch.empty(shape, dtype=scales, device=META), zeros=found, zero=None if zeros == "e2m1" else 8, group=group,
+        inputs=inputs, dtype=dtype,
+    )  # fmt: skip
+
+
+def encoded(
+    dtype: torch.dtype, tokens: int, choices: int, num_experts: int, hidden: int, intermediate: int, group: int, *,
+    scales: torch.dtype, zeros: str, blocks: int = 2, biased: bool = False,
+) -> Callable[[], None]:  # fmt: skip
+    """Both products of some of a layer's experts, whose gates and ups are stored apart or together."""
+
+    def call() -> None:
+        kernels, count = TritonGroupedKernels(), max(num_experts // 3, 1)
+        pairs = sorted_pairs(integers(tokens, choices), num_experts)
+        window = Window(first=1, count=count, skipped=0, num_rows=tokens * choices)
+        first = codes(dtype, count, blocks, 2 * intermediate // blocks, hidden, group, scales=scales, zeros=zeros)
+        down = codes(dtype, count, 1, hidden, intermediate, group, scales=scales, zeros=zeros)
+        biases = [numbers(count, outputs, dtype=dtype) if biased else None for outputs in (2 * intermediate, hidden)]
+        gate, up = kernels.product(numbers(tokens, hidden, dtype=dtype), first, biases[0], pairs, window, gathers=True).chunk(2, dim=-1)
+        kernels.product(gate * up, down, biases[1], pairs, window, gathers=False)
+
+    return call
+
+
 def drawing() -> None:
     exponential_rows(integers(8, 1), integers(8, 1), 128_256)
 
@@ -179,6 +213,13 @@ CASES: dict[str, Callable[[], None]] = {
     "experts-uneven": experts(torch.bfloat16, 900, 3, 40, 1000, 333, biased=True, inputs_first=True),
     "experts-float32": experts(torch.float32, 512, 2, 8, 4096, 1024),
     "experts-one": experts(torch.bfloat16, 64, 1, 2, 5120, 8192),
+    "encoded-gpt-oss": encoded(torch.bfloat16, 512, 4, 128, 2880, 2880, 32, scales=torch.uint8, zeros="e2m1", blocks=1, biased=True),
+    "encoded-one-row": encoded(torch.bfloat16, 8, 8, 128, 2048, 768, 128, scales=torch.bfloat16, zeros="words"),
+    "encoded-qwen3": encoded(torch.bfloat16, 1024, 8, 128, 2048, 768, 128, scales=torch.bfloat16, zeros="words"),
+    "encoded-mixtral": encoded(torch.float16, 4096, 2, 8, 4096, 14336, 128, scales=torch.float16, zeros="none"),
+    "encoded-fp4": encoded(torch.bfloat16, 256, 8, 256, 7168, 2048, 32, scales=torch.float8_e8m0fnu, zeros="e2m1"),
+    "encoded-uneven": encoded(torch.bfloat16, 900, 3, 40, 1000, 333, 24, scales=torch.float32, zeros="bytes"),
+    "encoded-float32": encoded(torch.float32, 512, 2, 8, 4096, 1024, 64, scales=torch.float32, zeros="words"),
     "random-numbers": drawing,
 }
 

@@ -73,6 +73,16 @@ def check_every_byte_is_counted_once(model: AssembledModel) -> None:
     assert spec.embedding_bytes + sum(tensor.nbytes for tensor in tensors) + model.unused_bytes == model.total_bytes
 
 
+@pytest.mark.parametrize(
+    ("model_type", "numbers"),
+    [("llama", 0), ("mixtral", 2 * 4 * 192), ("gpt_oss", 2 * 4 * 192), ("qwen3_moe", 2 * 4 * 64), ("llama4_text", 2 * 4 * 192)],
+)
+def test_numbers_of_a_tokens_experts(model_type: str, numbers: int) -> None:
+    """Two experts with four times the results of their first products, which are twice as wide as what is between the products."""
+    config = tiny_config(model_type, num_experts_per_tok=2) if model_type != "llama" else tiny_config("llama")
+    assert describe_config(config, torch.float32, stored=torch.float32, name="x").expert_numbers_per_token == numbers
+
+
 @pytest.mark.matrix(20, always=["llama", "qwen3_moe", "gpt_oss", "deepseek_v3", "opt", "llama-tied"])
 @pytest.mark.parametrize("name", [*SUPPORTED, *VARIANTS])
 def test_bytes_are_those_of_the_checkpoint(name: str, tmp_path: Path) -> None:

@@ -12,15 +12,20 @@ import pytest
 import torch
 from torch import Tensor
 from transformers.models.llama4.modeling_llama4 import Llama4TextMoe
+from transformers.models.mixtral.modeling_mixtral import MixtralRMSNorm
 
 from flexgen.devices.sim import SimulatedDevice
 from flexgen.devices.sim_tensor import timeline
+from flexgen.kernels.grouped import Window
 from flexgen.models import expert_sums, experts
 from flexgen.models.assemble import AssembledModel
 from flexgen.models.coroutine import ForwardCoroutine
 from flexgen.models.experts import FEW_ROWS, experts_forward, scored_experts_forward
 from flexgen.models.parts import ParameterUse, Part
+from flexgen.models.tracing import is_experts
 from flexgen.plan.policy import Fractions, Policy
+from tests.kernels.live_bytes import LiveBytes
+from tests.kernels.plain_grouped import PlainGroupedKernels
 from tests.models.parity import Answers, answered, assert_equal, build, describe, expected, policy, requests_for, save
 from tests.models.tiny_configs import tiny_config
 
@@ -183,8 +188,41 @@ def test_windows_of_few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     module, tensors = layer(has_gate=True, has_post_expert_norm=True)
     given = routing(33)
     whole = found(module, tensors, [3], device, *given)
-    monkeypatch.setattr(expert_sums, "WINDOW_BYTES", 10 * 2 * INTERMEDIATE * 4)
+    monkeypatch.setattr(expert_sums, "EXPERTS_BYTES", 10 * 4 * expert_sums.pair_numbers(2 * INTERMEDIATE, HIDDEN, normed=True))
     torch.testing.assert_close(found(module, tensors, [3], device, *given), whole)
+
+
+class NoKernels(PlainGroupedKernels):
+    """Makes results without computing them, so that nothing else takes memory."""
+
+    def product(self, x: Tensor, weight: Any, bias: Tensor | None, pairs: Any, window: Window, *, gathers: bool) -> Tensor:
+        self.num_decoded += 1
+        return x.new_empty(window.num_rows, weight.shape[2])
+
+    def add(self, *args: Any) -> None:
+        pass
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("model_type", ["gpt_oss", "mixtral"])
+def test_temporary_tensors_are_bounded(model_type: str, normed: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By what a plan reserves: a window's products, what the module's own gate makes of them, and a norm, if there is one."""
+    module: Any = next(each for each in build(tiny_config(model_type)).modules() if is_experts(each)).to(dtype)
+    hidden, outputs = module.gate_up_proj.shape[1:] if module.is_transposed else module.gate_up_proj.mT.shape[1:]
+    expert = expert_sums.ExpertLayer(
+        num_experts=module.num_experts, first="gate_up_proj", is_transposed=module.is_transposed, has_bias=False,
+        gate=module._apply_gate, norm=MixtralRMSNorm(hidden).to(dtype) if normed else None,
+    )  # fmt: skip
+    bound, kernels, rows = 20 * dtype.itemsize * expert_sums.pair_numbers(outputs, hidden, normed=normed), NoKernels(), 60
+    monkeypatch.setattr(expert_sums, "EXPERTS_BYTES", bound)
+    chosen = torch.rand(rows, module.num_experts).topk(2).indices
+    sums = expert_sums.GroupedRows(expert, kernels, torch.zeros(rows, hidden, dtype=dtype), chosen, torch.ones(rows, 2, dtype=dtype))
+    tensors = {name: parameter.detach() for name, parameter in module.named_parameters(recurse=False)}
+    with torch.inference_mode(), LiveBytes() as live:
+        sums.add(tensors, 0)
+    assert kernels.num_decoded == 2 * 6, "windows of 20 rows"
+    assert bound / 3 < live.peak <= bound
 
 
 @pytest.mark.parametrize("choices", [1, 2])

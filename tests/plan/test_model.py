@@ -75,6 +75,12 @@ def test_a_sparse_model_comes_back() -> None:
     assert not {"queries_per_key", "key_heads"} & set(spec_with([]).to_json().split('"'))
 
 
+def test_a_model_with_experts_comes_back() -> None:
+    spec = dataclasses.replace(spec_with([]), expert_numbers_per_token=115_200)
+    assert ModelSpec.from_json(spec.to_json()) == spec
+    assert "expert" not in spec_with([]).to_json()
+
+
 def test_equal_layers_are_written_once() -> None:
     def layers(count: int) -> ModelSpec:
         unit = UnitSpec(name="", disk_bytes=4096, decoded_bytes=4096, flops_per_token=8.0)

@@ -273,6 +273,21 @@ def test_attention_on_a_device_needs_memory_of_its_own(llama_3b, make_policy, nu
     assert device - host == pytest.approx(FRAGMENTATION * (wanted + drawn), abs=1)
 
 
+@pytest.mark.parametrize(("numbers", "wanted"), [(100, 512 * 100 * 2), (100_000, 512 * 100_000 * 2), (1_000_000, 256 * MIB)])
+def test_experts_on_a_device_need_memory_of_their_own(llama_3b, make_policy, numbers, wanted):
+    """As much as a micro-batch of 512 tokens can need, or as is used at a time."""
+    job = Workload(prompt_lens=(256,) * 64, output_lens=(8,) * 64)
+    experts = dataclasses.replace(llama_3b, expert_numbers_per_token=numbers)
+
+    def needed(spec, device):
+        policy = make_policy(device=device, max_num_seqs=64, prefill_tokens=1024, page_tokens=16)
+        assert policy.micro_batch_tokens == 512
+        return activation_bytes(spec, JobSizes(spec, job, 16), policy)
+
+    assert needed(experts, "cuda") - needed(llama_3b, "cuda") == pytest.approx(FRAGMENTATION * wanted, abs=1)
+    assert needed(experts, "cpu") == needed(llama_3b, "cpu")
+
+
 def test_cuda_itself_is_part_of_the_budget(plan, llama_3b, make_limits, process_bytes):
     limits = {"device": "cuda", "device_bytes": 4 * GIB, "device_overhead_bytes": GIB, "host_bytes": 8 * GIB}
     policy = plan(limits=limits)

@@ -90,7 +90,7 @@ class Piece:
         """Whether matrices are those that are stored, with rows as columns."""
         return not self.is_contiguous and self.strides[-2] == 1 < self.strides[-1]
 
-    def _turned(self) -> Piece:
+    def turned(self) -> Piece:
         """Return the box with rows as columns."""
         shape, strides, start = ((*of[:-2], of[-1], of[-2]) for of in (self.shape, self.strides, self.start))
         return replace(self, shape=shape, strides=strides, start=start)
@@ -132,7 +132,7 @@ class Piece:
         """
         encoding = self.tensor.encoding
         if self.columns_first and self._is_turned:
-            self._turned().put_into(target.mT, raws, parallel)
+            self.turned().put_into(target.mT, raws, parallel)
             return
         if encoding is not None and (target.mT if self.columns_first else target).is_contiguous():
             start, stop = self.tensor.rows(self.first, span(self.shape, self.strides))

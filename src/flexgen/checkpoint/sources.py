@@ -16,9 +16,11 @@ import torch
 
 from flexgen.base.parallel import Parallel, serially
 from flexgen.checkpoint.pieces import Piece, span
+from flexgen.checkpoint.stacks import encoded_places
 from flexgen.errors import CheckpointError
 from flexgen.formats.base import StoredRange
 from flexgen.formats.plain import cast_into
+from flexgen.kernels.encoded import EncodedPlaces
 
 Convert = Callable[[Sequence[torch.Tensor]], torch.Tensor]
 
@@ -66,6 +68,14 @@ class ParameterSource:
     def columns_first(self) -> bool:
         """Whether the parameter is assembled fastest where the numbers of each column lie side by side in memory."""
         return self.convert is None and bool(self.pieces) and all(piece.columns_first for piece in self.pieces)
+
+    def encoded_places(self, positions: Sequence[int]) -> EncodedPlaces | None:
+        """Return where bytes hold the matrices of a parameter by which kernels multiply as they are stored; None if they do not.
+
+        Args:
+            positions: The position of each of `ranges` in these bytes.
+        """
+        return None if self.convert is not None else encoded_places(self.shape, self.pieces, positions, columns_first=self.columns_first)
 
     @property
     def is_view(self) -> bool:

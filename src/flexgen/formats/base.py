@@ -14,6 +14,8 @@ from flexgen.errors import CheckpointError, EngineError, UnsupportedModelError
 if TYPE_CHECKING:
     import torch
 
+    from flexgen.kernels.encoded import MatrixCodes
+
 RANDOM_DEVIATION = 0.02  # of the numbers of random weights
 
 
@@ -224,6 +226,14 @@ class NumberFormat:
             UnsupportedModelError: Random weights in this format cannot be made.
         """
         raise UnsupportedModelError(f"random weights in {self.name} cannot be made")
+
+    def matrix_codes(self, encoding: Encoding) -> MatrixCodes | None:
+        """Return how each matrix of an encoding is stored, if grouped products read its codes as they are; None if they do not.
+
+        Args:
+            encoding: A matrix or several, each of which is stored row by row in all parts.
+        """
+        return None
 
     def decode(self, parts: Sequence[torch.Tensor], start: int, out: torch.Tensor, parallel: Parallel = serially) -> None:
         """Decode rows of a tensor from what is stored for them.

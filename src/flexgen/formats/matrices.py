@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from flexgen.base.parallel import Parallel, serially
-from flexgen.formats.base import NumberFormat
+from flexgen.formats.base import Encoding, NumberFormat
 
 if TYPE_CHECKING:
     import torch
 
     from flexgen.kernels.dequantize.groups import Packing, ZeroPoints
+    from flexgen.kernels.encoded import MatrixCodes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +66,24 @@ class IntegerRows(StoredMatrix):
     @property
     def name(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
         return f"int{self.packing.bits}"
+
+    def matrix_codes(self, encoding: Encoding) -> MatrixCodes | None:
+        import torch
+
+        from flexgen.kernels.dequantize.groups import Packing
+        from flexgen.kernels.encoded import MatrixCodes
+
+        packing, zeros = Packing(bits=4), self.zero_packing
+        if self.packing != packing or self.with_order or self.blocks.rows != 1 or zeros not in (None, packing):
+            return None
+        rows, columns = encoding.shape
+        groups = rows, -(-columns // self.blocks.columns)
+        parts = [(torch.uint8, (rows, 4 * packing.words(columns))), (encoding.parts[1].tensor.dtype, groups)]
+        if zeros is not None:
+            parts.append((torch.int32, (packing.words(rows), groups[1])))
+        elif self.with_zeros:
+            parts.append((encoding.parts[2].tensor.dtype, groups))
+        return MatrixCodes(parts=tuple(parts), group=self.blocks.columns, zero=8)
 
     def decode(self, parts: Sequence[torch.Tensor], start: int, out: torch.Tensor, parallel: Parallel = serially) -> None:
         import torch

@@ -14,6 +14,8 @@ from flexgen.formats.base import Encoding, EncodingPart, NamedTensor, NumberForm
 if TYPE_CHECKING:
     import torch
 
+    from flexgen.kernels.encoded import MatrixCodes
+
 _GROUP = 32  # 4-bit numbers that share an 8-bit scale (OCP Microscaling Formats 1.0)
 _BLOCK_BYTES = _GROUP // 2
 _RANDOM_SCALE = 127 - 7  # 2^-7: random 4-bit numbers have a standard deviation of 2.9
@@ -74,6 +76,15 @@ class MXFP4(NumberFormat):
             parts = EncodingPart(blocks, 1), EncodingPart(scales, 1)
             found[name.removesuffix("_blocks")] = Encoding(self, shape, parts, columns_first=True)
         return found
+
+    def matrix_codes(self, encoding: Encoding) -> MatrixCodes:
+        import torch
+
+        from flexgen.kernels.encoded import MatrixCodes
+
+        _, inputs, outputs = encoding.shape
+        parts = (torch.uint8, (outputs, inputs // 2)), (torch.uint8, (outputs, inputs // _GROUP))
+        return MatrixCodes(parts=parts, group=_GROUP, zero=None)
 
     def decode(self, parts: Sequence[torch.Tensor], start: int, out: torch.Tensor, parallel: Parallel = serially) -> None:
         import torch

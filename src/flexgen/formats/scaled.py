@@ -13,6 +13,8 @@ from flexgen.formats.base import RANDOM_DEVIATION, Encoding, EncodingPart, Named
 if TYPE_CHECKING:
     import torch
 
+    from flexgen.kernels.encoded import MatrixCodes
+
 
 class ScaledMatrices(NumberFormat):
     """Codes of 4 or 8 bits, row by row, and a scale for each block of rows and columns.
@@ -34,6 +36,17 @@ class ScaledMatrices(NumberFormat):
 
     def sample(self, stored: NamedTensor, generator: torch.Generator) -> torch.Tensor:
         return sample(stored, generator)
+
+    def matrix_codes(self, encoding: Encoding) -> MatrixCodes | None:
+        import torch
+
+        from flexgen.kernels.encoded import MatrixCodes
+
+        (rows, columns), (block_rows, group) = encoding.shape[-2:], self._block
+        if self._bits != 4 or block_rows != 1 or len(encoding.parts) > 2:
+            return None
+        parts = (torch.uint8, (rows, columns // 2)), (encoding.parts[1].tensor.dtype, (rows, -(-columns // group)))
+        return MatrixCodes(parts=parts, group=group, zero=None)
 
     def decode(self, parts: Sequence[torch.Tensor], start: int, out: torch.Tensor, parallel: Parallel = serially) -> None:
         import torch

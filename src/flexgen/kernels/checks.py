@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from flexgen.errors import EngineError
+from flexgen.kernels.encoded import EncodedMatrices
 
 
-def check_format(dtype: torch.dtype, **tensors: Tensor) -> None:
+def check_format(dtype: torch.dtype, **tensors: Tensor | EncodedMatrices) -> None:
     """Refuse a tensor of another dtype."""
     for name, tensor in tensors.items():
         if tensor.dtype != dtype:

@@ -11,6 +11,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from flexgen.kernels.encoded import EncodedMatrices
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SortedPairs:
@@ -56,12 +58,21 @@ class GroupedKernels(Protocol):
         """Whether there are kernels for numbers of this format."""
         ...
 
-    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None, pairs: SortedPairs, window: Window, *, gathers: bool) -> Tensor:
+    def reads_encoded(self, mean_rows: int) -> bool:
+        """Whether to multiply by matrices as they are stored where an expert has so many rows on average, rather than to decode them first.
+
+        Results are the same; it pays where rows are few, since for these a matrix is read once, or a few times.
+        """
+        ...
+
+    def product(
+        self, x: Tensor, weight: Tensor | EncodedMatrices, bias: Tensor | None, pairs: SortedPairs, window: Window, *, gathers: bool
+    ) -> Tensor:
         """Return the products, (W, outputs), of a window's pairs.
 
         Args:
             x: The inputs: (R, inputs) of all rows if they are gathered, otherwise (W, inputs) of the window.
-            weight: The matrices of the window's experts, (count, inputs, outputs), in any order in memory.
+            weight: The matrices of the window's experts, (count, inputs, outputs), in any order in memory, or as they are stored.
             bias: Their biases, (count, outputs), if any.
             pairs: All pairs.
             window: Which of them are computed.

@@ -13,9 +13,11 @@ from flexgen.checkpoint.repository import RepositoryTensors, headers_of, sharded
 from flexgen.errors import UnsupportedModelError
 from flexgen.formats.plain import dtype_name
 from flexgen.kv.format import KVFormat, default_kv_format
+from flexgen.models.expert_sums import pair_numbers
 from flexgen.models.operations import untraced_operations
 from flexgen.models.parts import Part
 from flexgen.models.refusals import check_supported_architecture
+from flexgen.models.tracing import is_scored_experts
 from flexgen.models.units import ModelUnits, cut_model
 from flexgen.passes.geometry import LayerKV, by_geometry
 from flexgen.plan.machine import int8_name
@@ -144,6 +146,7 @@ def model_spec(
         vocab_size=int(text.vocab_size),
         max_position_embeddings=context,
         operations=units.trace.num_operations + untraced_operations(units.parts),
+        expert_numbers_per_token=_expert_numbers(units),
     )
 
 
@@ -181,6 +184,18 @@ def _decoded_from(units: ModelUnits) -> dict[str, int]:
             name = int8_name(name) if f"{tensor.module}.{tensor.parameter}" in rounded else name
             sizes[name] = sizes.get(name, 0) + tensor.nbytes * math.prod(piece.shape) / whole
     return {name: round(size) for name, size in sizes.items()}
+
+
+def _expert_numbers(units: ModelUnits) -> int:
+    """Return how many numbers grouped products hold at a time for a token and all experts that it chooses, in any layer at most."""
+    found = [0]
+    for name, (chosen, _) in units.trace.experts_per_token.items():
+        experts: Any = units.model.get_submodule(name)
+        scored = is_scored_experts(experts)
+        weight = experts._parameters["gate_up_proj" if scored or experts.has_gate else "up_proj"]
+        hidden, outputs = weight.shape[1:] if scored or experts.is_transposed else weight.mT.shape[1:]
+        found.append(chosen * pair_numbers(outputs, hidden, normed=not scored and experts.has_post_expert_norm))
+    return max(found)
 
 
 def _widest(units: Sequence[Sequence[Part]]) -> int:

@@ -6,18 +6,33 @@ divided among units.  Letters of shapes are those of kernels/grouped.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from flexgen.kernels.encoded import EncodedMatrices
 from flexgen.kernels.grouped import GroupedKernels, Window, sorted_by_expert, sorted_pairs
+from flexgen.plan.policy import EXPERTS_BYTES
+from flexgen.weights.encoded import EncodedNumbers
 
-WINDOW_BYTES = 128 << 20  # of the first product of the pairs that are computed at once
+Tensors = Mapping[str, Tensor | EncodedNumbers]
 
-Tensors = dict[str, Tensor]
+
+def pair_numbers(outputs: int, hidden: int, *, normed: bool) -> int:
+    """Return how many numbers of the dtype of computing are held at a time for a pair of a row and an expert, at most.
+
+    That is the first product and what the gate makes of it, five halves in gpt-oss; or the gate's result and the second product, of which
+    a norm makes copies in float32.
+
+    Args:
+        outputs: The outputs of the first product.
+        hidden: Those of the second one.
+        normed: Whether there is a norm after it.
+    """
+    return max(4 * outputs, outputs + (8 if normed else 1) * hidden)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,8 +57,12 @@ class ExpertLayer:
 
     def matrices(self, tensors: Tensors, name: str) -> tuple[Tensor, Tensor | None]:
         """Return the matrices, (experts, inputs, outputs), and biases, (experts, outputs), of the experts that have arrived."""
-        weight = tensors[name]
-        return weight if self.is_transposed else weight.mT, tensors[f"{name}_bias"] if self.has_bias else None
+        weight = _numbers(tensors[name])
+        return weight if self.is_transposed else weight.mT, self.bias(tensors, name)
+
+    def bias(self, tensors: Tensors, name: str) -> Tensor | None:
+        """Return the biases, (experts, outputs), of the experts that have arrived; None if there are none."""
+        return _numbers(tensors[f"{name}_bias"]) if self.has_bias else None
 
     def output(self, tensors: Tensors, index: int, x: Tensor) -> Tensor:
         """Return the output of one of the experts that have arrived, (rows, hidden), for the inputs `x`, (rows, hidden)."""
@@ -60,11 +79,18 @@ class ExpertLayer:
         return out if bias is None else out + bias[index]
 
 
+def _numbers(bound: Tensor | EncodedNumbers) -> Tensor:
+    return bound if isinstance(bound, Tensor) else bound.decoded()
+
+
 class ExpertSums(Protocol):
     """The sums of experts' outputs, made with `layer, x, experts, weights` as in experts.py's `empty_sums`."""
 
     def add(self, tensors: Tensors, first: int) -> None:
-        """Add the outputs of the experts first, first + 1, ..., whose matrices and biases are the rows of `tensors`."""
+        """Add the outputs of the experts first, first + 1, ..., whose matrices and biases are the rows of `tensors`.
+
+        Matrices that are bound as they are stored are decoded if they are needed so.
+        """
         ...
 
     def total(self) -> Tensor:
@@ -119,7 +145,7 @@ class GroupedRows:
     """The rows of all experts that have arrived are computed together by kernels of ours; nothing waits for the device.
 
     The host does not know how many rows these are.  So it goes through windows that have room for as many as there could be; what is
-    computed between products is computed for all rows of a window.
+    computed between products is computed for all rows of a window.  Windows are as large as EXPERTS_BYTES of temporary tensors allow.
     """
 
     def __init__(self, layer: ExpertLayer, kernels: GroupedKernels, x: Tensor, experts: Tensor, weights: Tensor | None) -> None:
@@ -128,18 +154,29 @@ class GroupedRows:
         self._weights = None if weights is None else weights.gather(-1, chosen.indices)
         self._pairs = sorted_pairs(chosen.values, layer.num_experts)
         self._total = torch.zeros_like(x, dtype=torch.float32)
+        self._reads_encoded = kernels.reads_encoded(len(self._pairs.order) // layer.num_experts)
 
     def add(self, tensors: Tensors, first: int) -> None:
-        weight, bias = self._layer.matrices(tensors, self._layer.first)
-        down, down_bias = self._layer.matrices(tensors, "down_proj")
-        most = min(len(self._pairs.order), len(self._x) * len(weight))  # a row chooses no expert twice
-        at_once = max(WINDOW_BYTES // (weight.shape[2] * self._x.element_size()), 1)
+        weight, bias = self._matrices(tensors, self._layer.first)
+        down, down_bias = self._matrices(tensors, "down_proj")
+        count, _, outputs = weight.shape
+        most = min(len(self._pairs.order), len(self._x) * count)  # a row chooses no expert twice
+        pair_bytes = pair_numbers(outputs, down.shape[2], normed=self._layer.norm is not None) * self._x.element_size()
+        at_once = max(EXPERTS_BYTES // pair_bytes, 1)
         for skipped in range(0, most, at_once):
-            window = Window(first=first, count=len(weight), skipped=skipped, num_rows=min(at_once, most - skipped))
+            window = Window(first=first, count=count, skipped=skipped, num_rows=min(at_once, most - skipped))
             hidden = self._kernels.product(self._x, weight, bias, self._pairs, window, gathers=True)
             hidden = self._layer.gate(hidden)
             out = self._kernels.product(hidden, down, down_bias, self._pairs, window, gathers=False)
             self._kernels.add(self._layer.normed(out), self._weights, self._pairs, window, self._total)
+            del hidden, out  # before the next window's are made
+
+    def _matrices(self, tensors: Tensors, name: str) -> tuple[Tensor | EncodedMatrices, Tensor | None]:
+        """Return matrices and biases as in ExpertLayer, the matrices as they are stored where that pays."""
+        bound = tensors[name]
+        if self._reads_encoded and isinstance(bound, EncodedNumbers):
+            return bound.matrices, self._layer.bias(tensors, name)
+        return self._layer.matrices(tensors, name)
 
     def total(self) -> Tensor:
         return self._total.to(self._x.dtype)

@@ -87,7 +87,7 @@ def _add_parts(sums: ExpertSums, parts: Sequence[Part]) -> None:
     forward = current_forward()
     for part in parts:
         forward.enter_unit(part.unit)
-        sums.add(part.tensors, part.start)
+        sums.add({**part.tensors, **part.encoded}, part.start)
 
 
 def empty_sums(layer: ExpertLayer, x: Tensor, experts: Tensor, weights: Tensor | None) -> ExpertSums:

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from flexgen.weights.encoded import EncodedNumbers
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParameterUse:
@@ -47,6 +49,7 @@ class Part:
         stop: The row after the last one.
         tensors: The bound rows by parameter name within the module; empty while the unit is not open. Rows that are computed with in int8
             are bound as bytes.
+        encoded: The bound rows that are not decoded yet, in the same way: matrices of experts.
     """
 
     use: ParameterUse
@@ -54,6 +57,7 @@ class Part:
     start: int
     stop: int
     tensors: dict[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
+    encoded: dict[str, EncodedNumbers] = field(default_factory=dict[str, EncodedNumbers])
 
     @property
     def flops_per_token(self) -> float:

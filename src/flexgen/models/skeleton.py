@@ -26,11 +26,13 @@ from flexgen.models.linear import int8_linear
 from flexgen.models.parts import Part
 from flexgen.models.rope import check_factors, isolate_sequences, recompute_length
 from flexgen.models.scoring import Scorer
+from flexgen.weights.encoded import EncodedNumbers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 IMPLEMENTATION = "flexgen"
+EXPERTS = ("experts", "scored_experts")  # the kinds of modules that use the rows of their parts as these arrive
 
 
 def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype, limits: SkeletonLimits) -> PreTrainedModel:
@@ -96,7 +98,7 @@ class BoundModel:
         use = parts[0].use
         module: Any = self._modules[use.module]
         is_head = use.head and use.kind == "linear"
-        if len(parts) == 1 and use.kind != "scored_experts" and not is_head and not use.in_int8:
+        if len(parts) == 1 and use.kind not in EXPERTS and not is_head and not use.in_int8:
             unit = parts[0].unit
             self._modules[use.entered_with].register_forward_pre_hook(lambda *_: current_forward().enter_unit(unit))
             for parameter in use.parameters:
@@ -130,10 +132,23 @@ class BoundModel:
         else:
             self._modules[module]._parameters[parameter] = nn.Parameter(tensor, requires_grad=False)
 
+    def takes_encoded(self, unit: int, module: str, parameter: str, *, columns_first: bool) -> bool:
+        """Return whether rows may be bound as they are stored: those of experts whose codes follow each other along the inputs."""
+        part = self._parts.get((unit, module, parameter))
+        if part is None or part.use.kind not in EXPERTS:
+            return False
+        experts: Any = self._modules[module]
+        return columns_first == (part.use.kind == "scored_experts" or experts.is_transposed)
+
+    def bind_encoded(self, unit: int, module: str, parameter: str, numbers: EncodedNumbers) -> None:
+        """Bind `numbers` as the unit's rows of `module.parameter`, which are experts."""
+        self._parts[unit, module, parameter].encoded[parameter] = numbers
+
     def unbind(self, unit: int, module: str, parameter: str) -> None:
         """Unbind the rows, so that a later use fails instead of reading released bytes."""
         if (part := self._parts.get((unit, module, parameter))) is not None:
-            del part.tensors[parameter]
+            bound = part.encoded if parameter in part.encoded else part.tensors
+            del bound[parameter]
         else:
             self._modules[module]._parameters[parameter] = self._placeholders[module, parameter]
 

@@ -17,7 +17,8 @@ from flexgen.plan.policy import PAGE_TOKENS
 
 # Matches the number of a layer in the name of a unit.
 _LAYER_NUMBER = re.compile(r"(?<=\.)(0|[1-9]\d*)(?=\.| |$)")
-_ENCODED, _IN_INT8, _DECODED_FROM, _OPERATIONS = "encoded_bytes", "int8_flops_per_token", "decoded_from", "operations"
+_ENCODED, _IN_INT8, _DECODED_FROM = "encoded_bytes", "int8_flops_per_token", "decoded_from"
+_OPERATIONS, _EXPERTS = "operations", "expert_numbers_per_token"
 # What is left out of the JSON of a model whose KV is in the dtype of computing.
 _KV_FORMAT, _LOW_BIT = "kv_format", ("exact_bytes_per_token", "slot_bytes_per_token")
 # What is left out of the JSON of a model whose generated tokens attend to all that they see.
@@ -110,6 +111,8 @@ class ModelSpec:
         kv_format: The low-bit format of KV; None for the dtype of computing.
         sparse_attention: The share of positions that a head of a generated token keeps; None for all.
         operations: The operations that the host launches on a device for a micro-batch; 0 where that is not known.
+        expert_numbers_per_token: The numbers that the experts of a token, which are computed together on a device, hold at a time in the
+            layer where they are most.
     """
 
     name: str
@@ -129,6 +132,7 @@ class ModelSpec:
     kv_format: str | None = None
     sparse_attention: float | None = None
     operations: int = 0
+    expert_numbers_per_token: int = 0
 
     @cached_property
     def streamed_bytes(self) -> int:
@@ -192,7 +196,7 @@ class ModelSpec:
         """Return the model as JSON; units that differ only in the layer's number are written once, and runs of equal layers as a count."""
         fields = dataclasses.asdict(dataclasses.replace(self, units=())) | dataclasses.asdict(_packed(self.units))
         del fields["units"]
-        for name in (_DECODED_FROM, _OPERATIONS):
+        for name in (_DECODED_FROM, _OPERATIONS, _EXPERTS):
             if not fields[name]:
                 del fields[name]
         for kind in fields["unit_kinds"]:
@@ -228,7 +232,7 @@ class ModelSpec:
             for kind in packed.get("unit_kinds", ()):
                 kind.setdefault(_ENCODED, None)
                 kind.setdefault(_IN_INT8, 0.0)
-            fields = {_KV_FORMAT: None, _SPARSE: None, _DECODED_FROM: {}, _OPERATIONS: 0} | fields
+            fields = {_KV_FORMAT: None, _SPARSE: None, _DECODED_FROM: {}, _OPERATIONS: 0, _EXPERTS: 0} | fields
             for group in fields.get("kv_groups", ()):
                 for name, default in (_OF_SPARSE | dict.fromkeys(_LOW_BIT, 0)).items():
                     group.setdefault(name, default)

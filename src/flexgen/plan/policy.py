@@ -16,6 +16,7 @@ SPARSE_KV_BYTES = 16 * MIB  # keys and values that are held in float32 at a time
 # Temporary tensors of attention on a device that are held at a time, where the sequences of a pass need as many; and how many copies of the
 # keys and values of a layer, in the dtype of computing, they amount to at most: codes of few bits become float32 numbers.
 ATTENTION_BYTES, ATTENTION_COPIES = 64 * MIB, 10
+EXPERTS_BYTES = 256 * MIB  # temporary tensors of the products of experts on a device that are held at a time
 LEAST_KEPT = 64  # positions that a head keeps at least under sparse attention: four pages
 HOME_ALIGNMENT = 4096  # units in host memory beside a device take whole pages, from which the link copies them
 # Units that are open at a time and were decoded for that: on a CPU, and on a device, which decodes a unit only when it computes with it.

@@ -115,7 +115,7 @@ def prepare_simulated(
 
     return Prepared(
         model=dataclasses.replace(model, open_file=open_file), plan=plan, limits=limits, workload=workload,
-        process_bytes=PROCESS_BYTES[machine.device], random_weights=weights, verify_reads=False, device=device,
+        process_bytes=PROCESS_BYTES[machine.device], random_weights=weights, verify_reads=False, overlap=options.overlap, device=device,
     )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ import torch
 from flexgen.base.parallel import Parallel, serially
 from flexgen.base.quantities import MIB
 from flexgen.formats.base import StoredRange
+from flexgen.kernels.encoded import EncodedPlaces
 from flexgen.kernels.int8.products import ROUNDED_AS_STORED, RoundedRows, round_rows, rounded_bytes
 from flexgen.weights.unit import SliceableSource
 
@@ -52,6 +53,9 @@ class RoundedSource:
     @property
     def ranges(self) -> Sequence[StoredRange]:
         return self.numbers.ranges
+
+    def encoded_places(self, positions: Sequence[int]) -> EncodedPlaces | None:
+        return None
 
     def assemble(self, raws: Sequence[torch.Tensor], out: torch.Tensor, parallel: Parallel = serially) -> None:
         """Write the rounded rows into `out`, int8, of shape `shape`; `raws` are the numbers read for each of `ranges`."""

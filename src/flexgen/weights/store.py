@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -23,19 +23,14 @@ from flexgen.io.direct_io import FileSet
 from flexgen.io.pool import IOPool
 from flexgen.plan.policy import DEVICE_SCRATCH_UNITS, HOME_ALIGNMENT, SCRATCH_UNITS
 from flexgen.weights.arrival import Arrival, copy_in, read_unit
+from flexgen.weights.binder import Binder, encoded_places
+from flexgen.weights.encoded import EncodedNumbers
 from flexgen.weights.homes import allocate_homes
 from flexgen.weights.link import DeviceLink, DiskLink, Link, LinkState
 from flexgen.weights.scratch import ScratchPool
-from flexgen.weights.unit import DEVICE_ALIGNMENT, UnitForm, UnitLayout, UnitTensor
+from flexgen.weights.unit import DEVICE_ALIGNMENT, Take, UnitForm, UnitLayout, UnitTensor
 
 Bind = Callable[[str, str, torch.Tensor], None]  # (module, parameter, tensor)
-
-
-class Binder(Protocol):
-    """Binds the tensors of a unit so that they can be used, as the skeleton does."""
-
-    def bind(self, unit: int, module: str, parameter: str, tensor: torch.Tensor) -> None: ...
-    def unbind(self, unit: int, module: str, parameter: str) -> None: ...
 
 
 class WeightStore:
@@ -93,6 +88,8 @@ class WeightStore:
         pieces = SCRATCH_UNITS if backend is None else DEVICE_SCRATCH_UNITS
         self._scratch = ScratchPool(max(decoding.values(), default=0), pieces, self._allocate)
         self._landing: torch.Tensor | None = None  # where units arrive that the device decodes once
+        device = None if backend is None else backend.device
+        self._encoded = {index: found for index in decoding if (found := encoded_places(streamed[index], binder, device))}
 
     def _at_home(self, *homes: str) -> list[UnitLayout]:
         return [layout for layout, home in zip(self._layouts, self._homes, strict=True) if home in homes]
@@ -203,7 +200,10 @@ class WeightStore:
         return self._backend is None and unit in self._host_homes
 
     def open(self, unit: int) -> None:
-        """Decode and bind a unit that is ready; idempotent while it is open."""
+        """Decode and bind a unit that is ready; idempotent while it is open.
+
+        Matrices of experts by which the device multiplies as they are stored are decoded when somebody asks for their numbers.
+        """
         if unit not in self._streamed or unit in self._open:
             return
         arrival, self._asked = self._host_homes[unit] if self._stays_encoded(unit) else self._links[-1].take(unit), None
@@ -219,16 +219,25 @@ class WeightStore:
             position, filled = filled, filled + align_up(tensor.nbytes, DEVICE_ALIGNMENT)
             return tensor.view(scratch, position)
 
-        tensors = arrival.layout.tensors
+        tensors, encoded = arrival.layout.tensors, self._encoded.get(unit, {})
         recorder = self._recorder if scratch is not None else None
         with recorded(recorder, COMPUTE, f"decode unit {unit}", modules=arrival.layout.name) as told:
             for tensor in tensors:
-                numbers = tensor.numbers(arrival.data, arrival.form, take, self._parallel)
-                self._binder.bind(unit, tensor.module, tensor.parameter, numbers)
+                if (places := encoded.get((tensor.module, tensor.parameter))) is None:
+                    numbers = tensor.numbers(arrival.data, arrival.form, take, self._parallel)
+                    self._binder.bind(unit, tensor.module, tensor.parameter, numbers)
+                else:
+                    matrices, decode = places.within(arrival.data, tensor.dtype), partial(self._decode_later, arrival, tensor, take)
+                    self._binder.bind_encoded(unit, tensor.module, tensor.parameter, EncodedNumbers(matrices, decode))
             told["bytes"] = filled
-        if not any(tensor.is_view(arrival.form) for tensor in tensors):  # nothing that is computed later refers to the slot
+        if not encoded and not any(tensor.is_view(arrival.form) for tensor in tensors):  # nothing that is computed later refers to the slot
             self._give_back(arrival)
         self._open[unit] = arrival, scratch
+
+    def _decode_later(self, arrival: Arrival, tensor: UnitTensor, take: Take) -> torch.Tensor:
+        """Return the decoded tensor of a unit that is open."""
+        with recorded(self._recorder, COMPUTE, f"decode unit {arrival.layout.index}", bytes=tensor.nbytes, modules=tensor.module):
+            return tensor.numbers(arrival.data, arrival.form, take, self._parallel)
 
     def release(self, unit: int) -> None:
         """Unbind a streamed unit and give its memory back."""

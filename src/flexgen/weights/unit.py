@@ -16,6 +16,7 @@ from flexgen.base.parallel import Parallel, serially
 from flexgen.base.quantities import align_up
 from flexgen.formats.base import StoredRange, in_order
 from flexgen.io.aligned import Extent, plan_extents
+from flexgen.kernels.encoded import EncodedPlaces
 
 DEVICE_ALIGNMENT = 256  # the alignment of a tensor on a device, for vector loads and matrix kernels
 
@@ -44,6 +45,7 @@ class TensorSource(Protocol):
     def carried_as_stored(self) -> bool: ...
     @property
     def ranges(self) -> Sequence[StoredRange]: ...
+    def encoded_places(self, positions: Sequence[int]) -> EncodedPlaces | None: ...
     def assemble(self, raws: Sequence[torch.Tensor], out: torch.Tensor, parallel: Parallel = ...) -> None: ...
 
 
@@ -214,16 +216,25 @@ class UnitLayout:
 
 
 def _carried_positions(ranges: Sequence[StoredRange], at: int) -> tuple[list[int], int]:
-    """Return the positions of ranges in the carried bytes, beginning at `at`, and the end of the last; what overlaps is carried once."""
-    positions = [0] * len(ranges)
-    before: StoredRange | None = None  # the range that the current one could overlap, grown by all that do
-    begin = at
+    """Return the positions of ranges in the carried bytes, beginning at `at`, and the end of the last; what overlaps is carried once.
+
+    They follow each other in their order, so that pieces of equal sizes lie at equal distances.
+    """
+    merged: dict[int, StoredRange] = {}  # the first of the ranges that overlap, grown by the others
+    owners = [0] * len(ranges)
+    owner = -1
     for index in sorted(range(len(ranges)), key=lambda each: (str(ranges[each].path), ranges[each].offset)):
-        each = ranges[index]
+        each, before = ranges[index], merged.get(owner)
         if before is None or each.path != before.path or each.offset >= before.offset + before.nbytes:
-            begin, before = at, each
+            owner, merged[index] = index, each
         else:
-            before = before._replace(nbytes=max(before.nbytes, each.offset + each.nbytes - before.offset))
-        positions[index] = begin + each.offset - before.offset
-        at = align_up(begin + before.nbytes, DEVICE_ALIGNMENT)
+            merged[owner] = before._replace(nbytes=max(before.nbytes, each.offset + each.nbytes - before.offset))
+        owners[index] = owner
+    begins: dict[int, int] = {}
+    positions: list[int] = []
+    for each, owner in zip(ranges, owners, strict=True):
+        if owner not in begins:
+            begins[owner] = at
+            at = align_up(at + merged[owner].nbytes, DEVICE_ALIGNMENT)
+        positions.append(begins[owner] + each.offset - merged[owner].offset)
     return positions, at

@@ -10,6 +10,11 @@ from torch import Tensor
 from flexgen.kernels.checks import check_shapes
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# How programs read scales that are stored in these dtypes.
+SCALE_KINDS = {
+    torch.float32: "float", torch.float16: "float", torch.bfloat16: "float", torch.uint8: "power", torch.float8_e8m0fnu: "e8m0",
+    torch.float8_e4m3fn: "e4m3",
+}  # fmt: skip
 
 
 def seen(num_sequences: int, page_tables: Tensor, starts: Tensor, lengths: Tensor) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from flexgen.kernels.dequantize import tables
 from flexgen.kernels.dequantize.blocks import Codes, NestedScales, Scales
 from flexgen.kernels.dequantize.groups import WORD_BITS, Groups, Packing, ZeroPoints
 from flexgen.kernels.dequantize.reference import DequantizeKernels
-from flexgen.kernels.triton.arguments import DTYPES
+from flexgen.kernels.triton.arguments import DTYPES, SCALE_KINDS
 from flexgen.kernels.triton.dequantize_blocks import run_blocks
 from flexgen.kernels.triton.programs.dequantize import decode_matrices, decode_ranges
 
@@ -25,10 +25,6 @@ TILE = 2048  # numbers that a program decodes, at most
 MOST_COLUMNS, TURNED_COLUMNS = 128, 32  # of a tile; of one whose codes lie in columns, which are read from top to bottom
 LEAST_COLUMNS = 16
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}  # without which products and sums might be rounded once, not twice
-_SCALES = {
-    torch.float32: "float", torch.float16: "float", torch.bfloat16: "float", torch.uint8: "power", torch.float8_e8m0fnu: "e8m0",
-    torch.float8_e4m3fn: "e4m3",
-}  # fmt: skip
 _INTEGERS = (torch.int8, torch.uint8, torch.int32)
 # The arguments of a matrix of codes one after the other, of which each has one scale, and nothing else.
 _PLAIN: dict[str, Any] = {
@@ -48,14 +44,14 @@ class TritonDequantizeKernels(DequantizeKernels):
 
     def look_up(self, codes: Codes, scales: Scales, out: Tensor) -> None:
         factors = scales.factors
-        if out.dtype not in DTYPES or scales.numbers.dtype not in _SCALES or not (factors is None or factors.dtype in DTYPES):
+        if out.dtype not in DTYPES or scales.numbers.dtype not in SCALE_KINDS or not (factors is None or factors.dtype in DTYPES):
             super().look_up(codes, scales, out)
             return
         count, rows, columns = out.shape
         stored = scales.numbers if scales.numbers.dtype in DTYPES else scales.numbers.view(torch.uint8)
         arguments = _PLAIN | _of_codes(codes) | {
             "code_matrix_stride": codes.numbers.stride(0), "line_stride": codes.numbers.stride(1),
-            "scales": stored, "SCALES": _SCALES[scales.numbers.dtype], "scale_matrix_stride": stored.stride(0),
+            "scales": stored, "SCALES": SCALE_KINDS[scales.numbers.dtype], "scale_matrix_stride": stored.stride(0),
             "scale_row_stride": stored.stride(1), "scale_stride": stored.stride(2), "skipped": scales.skipped, "factors": factors,
             "factor_stride": 0 if factors is None or factors.numel() == 1 else 1, "DIVIDED": scales.divided,
         }  # fmt: skip

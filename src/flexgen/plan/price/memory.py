@@ -15,6 +15,7 @@ from flexgen.plan.policy import (
     DECODED_AT_ONCE,
     DECODING_BYTES,
     DEVICE_SCRATCH_UNITS,
+    EXPERTS_BYTES,
     INT8_SUMS_BYTES,
     SAMPLED_BLOCK_BYTES,
     SCORED_SLICE_BYTES,
@@ -116,7 +117,7 @@ def activation_bytes(spec: ModelSpec, sizes: JobSizes, policy: Policy, max_num_s
     """Return the bytes of activations in the worst case: every micro-batch of the largest pass suspended inside an MLP, and one computing.
 
     They include the logits, the scores, and the copies that attention makes: q, k, v and the result, the KV of the longest sequence, and on
-    a device its temporary tensors.
+    a device its temporary tensors and those of experts.
 
     Args:
         spec: The model.
@@ -138,6 +139,7 @@ def activation_bytes(spec: ModelSpec, sizes: JobSizes, policy: Policy, max_num_s
     attention = 4 * max(running, longest_prompt) * hidden * size + decoded * sizes.layer + _sparse_bytes(spec, sizes, size)
     if has_device_tier(policy.device):
         attention += min(ATTENTION_BYTES, ATTENTION_COPIES * max(most, 1) * sizes.layer)
+        computing += min(EXPERTS_BYTES, running * spec.expert_numbers_per_token * size)
     return int(FRAGMENTATION * (suspended + computing + logits + attention + _scoring_bytes(spec, sizes, policy, most)))
 
 

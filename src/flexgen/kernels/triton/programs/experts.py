@@ -30,6 +30,24 @@ def tile_of(offsets, begin, first, count, num_rows, GROUPS: tl.constexpr, ROWS: 
     return group, start, tl.sum(tl.where(groups == group, ends, 0), 0)
 
 
+@triton.jit
+def rows_of_tile(order, begin, start, end, CHOICES: tl.constexpr, ROWS: tl.constexpr):
+    """Return which rows a tile has, their places in the window, and the rows of the inputs that they are made of."""
+    places = start + tl.arange(0, ROWS)
+    mask = places < end
+    rows = tl.where(mask, places - begin, 0).to(tl.int64)
+    taken = rows if CHOICES == 0 else tl.load(order + places, mask=mask, other=0) // CHOICES
+    return mask, rows, taken
+
+
+@triton.jit
+def store_tile(sums, bias, expert, rows, columns, mask, known, out, OUTPUTS: tl.constexpr):
+    """Write the products of a tile's rows and columns, to which the expert's bias is added, if there is one."""
+    if bias is not None:
+        sums += tl.load(bias + expert * OUTPUTS + columns, mask=known, other=0.0).to(tl.float32)[None, :]
+    tl.store(out + rows[:, None] * OUTPUTS + columns[None, :], sums.to(out.dtype.element_ty), mask=mask[:, None] & known[None, :])
+
+
 @triton.jit(do_not_specialize=["first", "count", "skipped", "num_rows"])
 def grouped_product(
     x, weight, bias, order, offsets, out, first, count, skipped, num_rows, x_stride, expert_stride, input_stride, output_stride,
@@ -44,10 +62,7 @@ def grouped_product(
     expert, start, end = tile_of(offsets, begin, first, count, num_rows, GROUPS, ROWS)
     if start >= end:
         return
-    places = start + tl.arange(0, ROWS)
-    mask = places < end
-    rows = tl.where(mask, places - begin, 0).to(tl.int64)
-    taken = rows if CHOICES == 0 else tl.load(order + places, mask=mask, other=0) // CHOICES
+    mask, rows, taken = rows_of_tile(order, begin, start, end, CHOICES, ROWS)
     depth, columns = tl.arange(0, DEPTH), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     known = columns < OUTPUTS
     numbers = x + taken[:, None] * x_stride + depth[None, :]
@@ -64,9 +79,7 @@ def grouped_product(
         sums = tl.dot(left, right, sums, input_precision="ieee")
         numbers += DEPTH
         matrix += DEPTH * input_stride
-    if bias is not None:
-        sums += tl.load(bias + expert.to(tl.int64) * OUTPUTS + columns, mask=known, other=0.0).to(tl.float32)[None, :]
-    tl.store(out + rows[:, None] * OUTPUTS + columns[None, :], sums.to(out.dtype.element_ty), mask=mask[:, None] & known[None, :])
+    store_tile(sums, bias, expert.to(tl.int64), rows, columns, mask, known, out, OUTPUTS)
 
 
 @triton.jit(do_not_specialize=["first", "count", "skipped", "num_rows"])
