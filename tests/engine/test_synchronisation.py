@@ -17,7 +17,7 @@ import torch
 from flexgen.engine.engine import Engine
 from flexgen.kv.low_bit import LowBitPages, kv_format
 from flexgen.models.assemble import AssembledModel, assemble_model
-from flexgen.passes.plan import MicroBatch, PassPlan
+from flexgen.passes.plan import MicroBatch, PassPlan, Slice
 from flexgen.plan.policy import Fractions
 from flexgen.request import TokenRequest, TokenResult
 from tests.devices.counting import CountingDevice
@@ -84,7 +84,7 @@ def check_decode_passes(waits: Waits) -> None:
     assert all(found == batches for found, batches in decode), decode
 
 
-def slices_of(plan: PassPlan) -> list[object]:
+def slices_of(plan: PassPlan) -> list[Slice]:
     return [each for batch in plan.micro_batches for each in batch.slices]
 
 
