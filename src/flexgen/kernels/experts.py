@@ -1,35 +1,20 @@
-"""The kernels of a device for the products of experts, chosen by a table."""
+"""The kernels of a device for the products of experts."""
 
 from __future__ import annotations
 
 import functools
-import logging
-from collections.abc import Callable
 
 import torch
 
 from flexgen.kernels.grouped import GroupedKernels
-from flexgen.kernels.triton_support import why_not_triton
-
-logger = logging.getLogger(__name__)
+from flexgen.kernels.triton_support import in_triton
 
 
 @functools.cache
 def grouped_kernels(device: torch.device) -> GroupedKernels | None:
-    """Return the kernels for tensors on `device`; None if there are none."""
-    make = KERNELS.get(device.type)
-    return None if make is None else make(device)
-
-
-def _cuda_kernels(device: torch.device) -> GroupedKernels | None:
-    """Triton's kernels where Triton is installed and compiles for the device."""
-    if reason := why_not_triton(device):
-        logger.info("experts on the device one by one: %s", reason)
+    """Return the kernels for tensors on `device`: Triton's for a CUDA device that they compile for; None if there are none."""
+    if not in_triton(device, "experts", otherwise="one by one"):
         return None
     from flexgen.kernels.triton.experts import TritonGroupedKernels
 
-    logger.info("experts on the device in Triton's kernels")
     return TritonGroupedKernels()
-
-
-KERNELS: dict[str, Callable[[torch.device], GroupedKernels | None]] = {"cuda": _cuda_kernels}

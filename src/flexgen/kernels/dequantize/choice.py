@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 import functools
-import logging
 
 import torch
 
 from flexgen.kernels.dequantize.reference import DequantizeKernels
-from flexgen.kernels.triton_support import why_not_triton
-
-logger = logging.getLogger(__name__)
+from flexgen.kernels.triton_support import in_triton
 
 
 @functools.cache
 def dequantize_kernels(device: torch.device) -> DequantizeKernels:
     """Return Triton's kernels for a CUDA device that they compile for, and plain torch operations for every other device."""
-    if device.type != "cuda":
-        return DequantizeKernels()
-    if reason := why_not_triton(device):
-        logger.info("stored numbers are decoded on the device in plain torch operations: %s", reason)
+    if not in_triton(device, "decoding of stored numbers", otherwise="in plain torch operations"):
         return DequantizeKernels()
     from flexgen.kernels.triton.dequantize import TritonDequantizeKernels
 
-    logger.info("stored numbers are decoded on the device in Triton's kernels")
     return TritonDequantizeKernels()

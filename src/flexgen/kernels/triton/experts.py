@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -11,10 +9,12 @@ from flexgen.base.quantities import power_of_two
 from flexgen.kernels.checks import check_format, check_out, check_shapes
 from flexgen.kernels.grouped import SortedPairs, Window
 from flexgen.kernels.triton.arguments import DTYPES
+from flexgen.kernels.triton.grids import on_grid
 from flexgen.kernels.triton.launch import STAGED_BYTES, columns
 from flexgen.kernels.triton.programs import experts as programs
 
 LEAST_ROWS, MOST_ROWS = 16, 128  # of a tile; tensor cores multiply no fewer
+MEAN_ROWS = (16, 32, 64, 128)  # of an expert on average, for which tiles have different sizes
 MOST_STAGES = 4
 SUMMED_COLUMNS = 1024  # of a program that adds results
 
@@ -40,8 +40,7 @@ class TritonGroupedKernels:
         out = x.new_empty(window.num_rows, outputs)
         tile = _tile(x.dtype, num_pairs // pairs.num_experts)
         grid = -(-window.num_rows // tile["ROWS"]) + window.count, -(-outputs // tile["COLUMNS"])
-        kernel: Any = programs.grouped_product  # as Triton makes it, which type checkers do not know
-        kernel[grid](
+        on_grid(programs.grouped_product, grid, out.device)(
             x, weight.detach(), bias, pairs.order, pairs.offsets, out, **_places(window), x_stride=x.stride(0),
             expert_stride=weight.stride(0), input_stride=weight.stride(1), output_stride=weight.stride(2),
             CHOICES=num_pairs // num_rows if gathers else 0, INPUTS=inputs, OUTPUTS=outputs, GROUPS=power_of_two(window.count), **tile,
@@ -57,8 +56,7 @@ class TritonGroupedKernels:
             check_shapes(weights=(weights, (num_totals, choices)))
             weights = weights.contiguous()
         width = min(columns(dim), SUMMED_COLUMNS)
-        kernel: Any = programs.add_rows
-        kernel[(num_totals, -(-dim // width))](
+        on_grid(programs.add_rows, (num_totals, -(-dim // width)), total.device)(
             rows.contiguous(), weights, pairs.places, pairs.offsets, total, **_places(window),
             CHOICES=choices, CHOICE_COLUMNS=power_of_two(choices), DIM=dim, COLUMNS=width,
         )  # fmt: skip
