@@ -31,14 +31,17 @@ def compile_ahead(calls: Iterable[Callable[[], None]], num_threads: int) -> int:
         The number of programs.
     """
     step(STEP)
-    threads = ThreadPoolExecutor(num_threads, thread_name_prefix="flexgen-compile")
-    try:
-        with triton.AsyncCompileMode(threads, ignore_errors=True) as mode:  # what a thread raises is raised below
+    with (
+        ThreadPoolExecutor(num_threads, thread_name_prefix="flexgen-compile") as threads,
+        triton.AsyncCompileMode(threads, ignore_errors=True) as mode,  # what a thread raises is raised below
+    ):
+        try:
             for call in calls:
                 call()
             _tell(mode.raw_futures)
-    finally:
-        threads.shutdown(cancel_futures=True)
+        except BaseException:
+            threads.shutdown(wait=False, cancel_futures=True)
+            raise
     launchers = [each.result().run for each in mode.future_kernels.values()]  # asking for it loads the program
     logger.debug("%d programs of Triton are loaded", len(launchers))
     return len(launchers)
