@@ -123,8 +123,14 @@ WAITS: dict[str, tuple[int, Callable[[torch.Tensor], Any]]] = {
     "finding": (1, lambda x: torch.where(x > 0)),
     "masking": (1, lambda x: x[x > 0]),
     "computing": (0, lambda x: (x @ x.T).softmax(-1)),
-    "to the device": (0, lambda x: x.copy_(torch.ones(4, 8))),
-    "host positions": (0, lambda x: x[torch.tensor([0])]),
+    "to the device": (1, lambda x: x.copy_(torch.ones(4, 8))),
+    "a host tensor moved": (1, lambda x: torch.ones(4, 8).to(x.device)),
+    "a number of the host copied": (1, lambda x: x.copy_(torch.tensor(1.0))),
+    "a list": (1, lambda x: torch.tensor([1.0, 2.0], device=x.device)),
+    "host positions": (1, lambda x: x[torch.tensor([0])]),
+    "a number beside": (0, lambda x: x * 2.0 + 1),
+    "a number written": (0, lambda x: x.__setitem__(0, 1.0)),
+    "between tensors of the device": (0, lambda x: x.copy_(torch.ones_like(x))),
 }
 
 

@@ -46,7 +46,7 @@ def test_like_a_loop_over_tokens(seed: int) -> None:
     assert inputs.positions.tolist() == [positions + positions[-1:] * batch.filler]
     assert inputs.rows.tolist() == wanted + scored
     assert inputs.targets.tolist() == [target for each in batch.slices for target in each.targets]
-    assert found == places
+    assert found == inputs.places.tolist() == places
 
 
 def test_ranges() -> None:

@@ -26,7 +26,7 @@ KIB = 1024
 
 def limit(monkeypatch: pytest.MonkeyPatch, size_bytes: int) -> None:
     """Let temporary tensors take so many bytes."""
-    for module in ("gathered_pages", "padded_buffers", "dense"):
+    for module in ("gathered_pages", "gathered_sparse", "padded_buffers", "dense"):
         monkeypatch.setattr(f"flexgen.kernels.{module}.ATTENTION_BYTES", size_bytes)
 
 
@@ -207,11 +207,14 @@ def test_nothing_waits_for_a_device(sim: SimulatedDevice, sinks: bool, softcap: 
         plain = on(query, pool.key_pages, pool.value_pages, pool.page_tables, starts, lengths)
         tails = on(stored.tail_keys, stored.tail_values, stored.tables, stored.tails, starts, lengths)
         prompt, results = on(query.new_ones(20, 6, 32), *own), [torch.empty(3, 6, 32, device=device) for _ in range(2)]
-        results.append(torch.empty(20, 6, 32, device=device))
+        results += [torch.empty(20, 6, 32, device=device), *(torch.empty(3, 6, 32, device=device) for _ in range(2))]
+        (kept,) = on(torch.tensor([3, 20, 9]))
         before = sim.synchronisations
         kernels.decode_attention(*plain, out=results[0], **how)
         kernels.decode_sealed_attention(plain[0], sealed, *tails, out=results[1], **how)
         kernels.prefill_attention(*prompt, out=results[2], **how)
+        kernels.decode_sparse_attention(*plain, kept, out=results[3], **how)
+        kernels.decode_sparse_sealed_attention(plain[0], sealed, *tails, kept, out=results[4], **how)
         assert sim.synchronisations == before
         outs.append(torch.cat([each.cpu() for each in results]))
     torch.testing.assert_close(outs[1], outs[0])

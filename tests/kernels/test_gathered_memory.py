@@ -46,6 +46,21 @@ def test_temporary_tensors_of_next_tokens_are_bounded(
     assert BOUND / 8 < peak_of(lambda: kernels.decode_sealed_attention(*where, **how | {"out": out})) <= BOUND
 
 
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_temporary_tensors_of_sparse_attention_are_bounded(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, sinks: bool) -> None:
+    bound = 1024 * KIB
+    limit(monkeypatch, bound)
+    number, tokens, heads = 24, 256, 8
+    pages = torch.zeros(2, number * tokens // 16, 2, 32, 16, dtype=dtype)
+    tables = torch.randperm(number * tokens // 16).view(number, -1)
+    starts, query = torch.zeros(number, dtype=torch.int64), torch.ones(number, heads, 32, dtype=dtype)
+    logits = torch.zeros(heads, dtype=dtype) if sinks else None
+    where = query, pages[0], pages[1].mT.contiguous(), tables, starts, starts + tokens, starts + 40
+    how: dict[str, Any] = {"scaling": 1.0, "softcap": 3.0, "sinks": logits, "out": torch.empty_like(query)}
+    assert bound / 8 < peak_of(lambda: GatheredKernels().decode_sparse_attention(*where, **how)) <= bound
+
+
 @pytest.mark.parametrize("make", [GatheredKernels, AttentionKernels])
 @pytest.mark.parametrize("sinks", [False, True])
 @pytest.mark.parametrize("softcap", [None, 3.0])

@@ -23,6 +23,7 @@ from flexgen.kernels.attention import warm_up_sparse
 from flexgen.kernels.cpu import CpuKernels
 from flexgen.kernels.cpu.choose import threshold
 from flexgen.kernels.cpu.rows import LANES, pointer
+from flexgen.kernels.gathered import GatheredKernels
 from flexgen.kernels.reference import AttentionKernels
 from flexgen.kernels.sparse import attend_chosen, chosen, row_blocks
 from flexgen.plan.policy import SPARSE_SCORES_BYTES
@@ -33,10 +34,17 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 CLOSE = 1e-3  # products that differ by less, relative to the largest, may be ordered either way after rounding
 
 
-@pytest.fixture(scope="module", params=["reference", "one thread", "three threads"])
+MAKE = {
+    "reference": AttentionKernels, "one thread": lambda: CpuKernels(1), "three threads": lambda: CpuKernels(3),
+    "gathered": GatheredKernels, "gathered head by head": GatheredKernels,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=MAKE)
 def kernels(request: pytest.FixtureRequest) -> Iterator[AttentionKernels]:
-    make = {"reference": AttentionKernels, "one thread": lambda: CpuKernels(1), "three threads": lambda: CpuKernels(3)}
-    with make[request.param]() as implementation:
+    with pytest.MonkeyPatch.context() as patch, MAKE[request.param]() as implementation:
+        if request.param == "gathered head by head":
+            patch.setattr("flexgen.kernels.gathered_sparse.ATTENTION_BYTES", 1)
         yield implementation
 
 
@@ -167,7 +175,7 @@ class TestThreshold:
         products = torch.tensor([[[2.0, 3.0, 2.0, 3.0, 9.0, math.nan, 1.0]]])
         visible, own = torch.tensor([[True] * 4 + [False] + [True] * 2]), torch.tensor([[False] * 6 + [True]])
         for kept, wanted in ((1, [5, 6]), (2, [1, 5, 6]), (4, [0, 1, 3, 5, 6]), (9, [0, 1, 2, 3, 5, 6])):
-            assert chosen(products, visible, own, torch.tensor([kept]))[0, 0].nonzero().flatten().tolist() == wanted
+            assert chosen(products, visible, own, torch.tensor([[kept]]))[0, 0].nonzero().flatten().tolist() == wanted
 
 
 class TestPlain:

@@ -9,6 +9,7 @@ import torch
 
 from flexgen.errors import EngineError
 from flexgen.kernels.reference import AttentionKernels
+from flexgen.kernels.triton.arguments import rows_of
 from tests.kernels.test_attention import anything, check_decode, check_prefill
 from tests.kernels.test_paged_prompts import TestPagedPrompts as TestPagedPrompts
 from tests.kernels.triton_kernels import DTYPES, ON_GPU
@@ -119,6 +120,23 @@ class TestPrefill:
         kernels.prefill_attention(query, key, value, starts, scaling=0.3, out=found)
         AttentionKernels().prefill_attention(query, key, value, starts, scaling=0.3, out=known)
         torch.testing.assert_close(found, known)
+
+    @pytest.mark.parametrize("dim", [8, 12, 16, 32])
+    def test_heads_lie_in_one_way_whatever_they_are_a_part_of(self, dim: int) -> None:
+        """One program of Triton's is enough, and heads of usual sizes are not copied."""
+        generator, ways = torch.Generator().manual_seed(0), set[tuple[bool, ...]]()
+        of_tokens = torch.randn(1, 3, 7, dim, generator=generator).half()  # (batch, heads, tokens, dim)
+        of_heads = torch.randn(1, 7, 3, dim, generator=generator).half().transpose(1, 2)
+        fused = torch.randn(1, 7, 3, 3, dim, generator=generator).half()[:, :, 1].transpose(1, 2)
+        for whole in (of_tokens, of_heads, fused):
+            for rows in (slice(0, 7), slice(1, 6), slice(0, 1), slice(2, 2)):
+                part = whole[0, :, rows].transpose(0, 1)
+                found = rows_of(part)
+                assert torch.equal(found, part)
+                if dim % 16 == 0:
+                    assert found.data_ptr() == part.data_ptr()
+                ways.add((found.stride(2) == 1, *(each % 16 == 0 for each in (found.stride(0), found.stride(1), found.data_ptr()))))
+        assert len(ways) == 1
 
     def test_no_queries(self, kernels: AttentionKernels) -> None:
         nothing = torch.empty(0, 2, 16)

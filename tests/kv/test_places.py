@@ -256,6 +256,23 @@ class InPages(AttentionKernels):
         AttentionKernels.prefill_paged_attention(query, *pages, **how)
 
 
+class OfOtherHeads(InPages):
+    """The same, but not for the heads of these layers."""
+
+    def covers_in_pages(self, query: torch.Tensor, value_dim: int) -> bool:
+        assert query.ndim == 3
+        assert value_dim == DIM
+        return False
+
+    def prefill_paged_attention(self, *args: Any, **how: Any) -> None:  # type: ignore[override]
+        raise AssertionError("the reference would wait for a device")
+
+
+def open_local_of_other_heads(folder: Path, groups: Groups = GROUPS) -> Bench:
+    pool = PagePool(groups, [NUM_PAGES] * len(groups), poisoned)
+    return Bench(LocalPlace(pool, OfOtherHeads()), KVCache(groups, {"host": pool}), "host")
+
+
 def open_local_in_pages(folder: Path, groups: Groups = GROUPS) -> Bench:
     pool = PagePool(groups, [NUM_PAGES] * len(groups), poisoned)
     return Bench(LocalPlace(pool, InPages()), KVCache(groups, {"host": pool}), "host")
@@ -308,6 +325,7 @@ def open_disk_with_few_tails(folder: Path, groups: Groups = GROUPS) -> Bench:
 PLACES = {
     "local": open_local,
     "local in pages": open_local_in_pages,
+    "local in pages of other heads": open_local_of_other_heads,
     "gathered on a device": open_gathered,
     "host": open_host,
     "disk": open_disk,

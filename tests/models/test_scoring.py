@@ -197,3 +197,24 @@ def test_alternatives_share_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_likeliest_among_equals_have_the_lowest_ids() -> None:
     numbers = torch.tensor([[1.0, 3.0, 3.0, 2.0, 3.0, 2.0]])
     assert likeliest_ids(numbers, 4).tolist() == [[1, 2, 4, 3]]
+
+
+@pytest.mark.parametrize("num_likeliest", [0, 1, 5, -1])
+def test_a_device_scores_alike_without_waiting(num_likeliest: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With few different numbers, and alternatives."""
+    monkeypatch.setattr("flexgen.models.scoring.BLOCK_BYTES", 400)
+    generator = torch.Generator().manual_seed(0)
+    logits, rows = torch.randint(-6, 6, (8, 50), generator=generator) / 2, [0, 0, 1, 2, 3, 3, 3, 4, 5, 6, 7]
+    targets = torch.randint(0, 50, (len(rows),), generator=generator)
+    backend, found = SimulatedDevice(1 << 20), []
+    for device in (torch.device("cpu"), backend.device):
+        there, known, places = logits.to(device), targets.to(device), torch.tensor(rows).to(device)
+        before = backend.synchronisations
+        scorer = Scorer(known, num_likeliest, rows, places)
+        for start, stop in ((0, 7), (7, 50)):
+            scorer.add(((some, there[some, start:stop]) for some in scorer.slices(stop - start, 4)), start)
+        found.append(scorer.result())
+        assert backend.synchronisations == before
+    for name in ("logprobs", "likeliest", "likeliest_logprobs"):
+        assert torch.equal(getattr(found[1], name).cpu(), getattr(found[0], name)), name
+    backend.close()

@@ -60,6 +60,17 @@ def test_where_all_kv_is_on_the_device_only_ids_and_embedding_rows_cross(llama_3
     assert copies_bytes(llama_3b, sizes, gathering) == near(indices(RUNNING) + RUNNING * (3072 * 2 + 8192 + 8), 0)
 
 
+def test_scores_come_back(llama_3b, make_policy):
+    """Those of a pass: of as many prompts as there may be at once, or of all."""
+    on_device = make_policy(
+        device="sim", micro_batch_tokens=RUNNING, max_num_seqs=10, page_tokens=16, embedding_resident=True, kv=Fractions(device=1.0)
+    )
+    for number, alive in ((40, 10), (4, 4)):
+        job = Workload(prompt_lens=(200,) * number, output_lens=(0,) * number, scored_lens=(199,) * number, num_likeliest=5)
+        _, out = copies_bytes(llama_3b, JobSizes(llama_3b, job, 16), on_device)
+        assert out == pytest.approx(FRAGMENTATION * alive * 199 * 8 * (1 + 2 * 5), abs=4096)
+
+
 def test_more_sequences_need_more(llama_3b, sizes, policy):
     few, many = copies_bytes(llama_3b, sizes, policy, 10), copies_bytes(llama_3b, sizes, policy, 40)
     assert few < many

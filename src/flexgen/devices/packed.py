@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar, cast
 
 import torch
@@ -42,9 +42,14 @@ class PackedCopies:
             copies = [each.to(self.device) for each in tensors]
         return cast("Value", _with(value, iter(copies)))
 
-    def to_host(self, tensor: torch.Tensor) -> HostCopies:
-        """Start to copy a tensor to the host."""
-        return self._staging.to_host(tensor)
+    def to_host(self, *tensors: torch.Tensor) -> HostCopies:
+        """Start to copy tensors to the host, all in one copy."""
+        return self._staging.to_host(*tensors)
+
+
+def mapped(value: Value, change: Callable[[torch.Tensor], torch.Tensor]) -> Value:
+    """Return a value with what becomes of them in place of all tensors in it; what may hold tensors is said in `PackedCopies.to_device`."""
+    return cast("Value", _with(value, map(change, _tensors(value))))
 
 
 def _tensors(value: object) -> Iterator[torch.Tensor]:

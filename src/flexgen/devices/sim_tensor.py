@@ -40,7 +40,8 @@ class Timeline:
 
     Attributes:
         now: The number of operations so far.
-        synchronisations: The number of times that the host has waited for the device, by reading a number or copying to the host.
+        synchronisations: The number of times that the host has waited for the device: by reading a number, or by one of torch's own copies
+            to the host or from it, which wait on CUDA because the memory is not pinned.
         observers: The functions that are called at every synchronisation.
     """
 
@@ -170,7 +171,7 @@ class SimTensor(torch.Tensor):
             raw_kwargs["device"] = HOST
         if not operation.is_view:
             timeline.use(found)
-        if to_host or operation.waits or (operation.may_wait and _waits(operation, args)):
+        if to_host or host or operation.waits or (operation.may_wait and _waits(operation, args)):
             timeline.synchronise()
         out = operation.run(*raw_args, **raw_kwargs)
         if operation.mutates:
@@ -225,11 +226,11 @@ def _check_host(func: Any, operation: _Operation, args: Sequence[Any], host: Seq
 def _waits(operation: _Operation, args: Sequence[Any]) -> bool:
     """Return whether the host has to wait for an operation with these arguments.
 
-    It waits for an index by a mask, whose positions have to be found first, and for a copy to the host.
+    It waits for an index by a mask, whose positions have to be found first, and for a copy to the host or from it.
     """
     if operation.indexes:
         return any(isinstance(each, torch.Tensor) and each.dtype in (torch.bool, torch.uint8) for each in args[1])
-    return type(args[0]) is not SimTensor
+    return any(type(each) is not SimTensor for each in args[:2])
 
 
 _library: Any = None
@@ -271,6 +272,8 @@ def _whole(function: Any, *args: Any, **kwargs: Any) -> Any:
 
 def _copy_from(source: torch.Tensor, destination: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
     """Copy a tensor, as torch requests when it creates a tensor from a list."""
+    if type(source) is not type(destination):
+        timeline.synchronise()
     raw = [each.raw if type(each) is SimTensor else each for each in (source, destination)]
     raw[1].copy_(raw[0])
     return destination

@@ -19,8 +19,8 @@ from flexgen.base.isolation import for_one_request
 from flexgen.base.recorder import COMPUTE, PASSES, Recorder, recorded
 from flexgen.devices.base import Device
 from flexgen.engine.admission import LengthForecast
-from flexgen.engine.logprobs import prompt_logprobs
-from flexgen.engine.runner import ModelRunner
+from flexgen.engine.logprobs import Scoring, start_scoring
+from flexgen.engine.runner import BatchOutput, ModelRunner
 from flexgen.engine.sampler import Sampled
 from flexgen.engine.sampling import Sampler, Sampling
 from flexgen.engine.scheduler import Scheduler
@@ -28,7 +28,6 @@ from flexgen.engine.sequence import Finish, LiveSequence
 from flexgen.errors import EngineError, RequestError
 from flexgen.kv.pages import of_positions
 from flexgen.models.assemble import AssembledModel
-from flexgen.models.scoring import Scores
 from flexgen.passes.load import pass_load
 from flexgen.passes.plan import MicroBatch, PassPlan, Slice
 from flexgen.plan.machine import Machine
@@ -227,10 +226,10 @@ class Engine:
         with torch.no_grad():
             outputs, waits = self.runner.run(plan, lambda unit: self.log.tell(self._scheduler.num_live, unit, self.runner.num_units))
             with recorded(recorder, COMPUTE, "sample"):
-                # All micro-batches begin before the first one's tokens are waited for.
-                sampling = [self._sample(batch, output.logits) for batch, output in zip(plan.micro_batches, outputs, strict=True)]
-                received = zip(plan.micro_batches, outputs, sampling, strict=True)
-                results = [result for batch, output, chosen in received for result in self._receive(batch, output.scores, chosen)]
+                # All micro-batches begin before the first one's scores and tokens are waited for.
+                started = [self._start(batch, output) for batch, output in zip(plan.micro_batches, outputs, strict=True)]
+                received = zip(plan.micro_batches, started, strict=True)
+                results = [result for batch, (scores, chosen) in received for result in self._receive(batch, scores, chosen)]
         self.log.passed(self.runner.now() - start, waits)
         if recorder is not None:
             rows = sum(each.length for batch in plan.micro_batches for each in batch.slices)
@@ -244,12 +243,13 @@ class Engine:
                 if each.request.guide is not None:
                     for_one_request(each.request.guide.prepare, each.generated)
 
-    def _sample(self, batch: MicroBatch, logits: torch.Tensor) -> Sampling:
-        """Start to choose the next tokens of the sequences of a micro-batch."""
+    def _start(self, batch: MicroBatch, output: BatchOutput) -> tuple[Scoring | None, Sampling]:
+        """Start to bring the scores of a micro-batch to the host, and to choose the next tokens of its sequences."""
+        scoring = None if output.scores is None else start_scoring(output.scores, self.runner.copies)
         sequences = [self._scheduler[sequence] for sequence, _ in batch.wanted]
-        return self._sampler.start(logits, [each.request for each in sequences], [each.generated for each in sequences])
+        return scoring, self._sampler.start(output.logits, [each.request for each in sequences], [each.generated for each in sequences])
 
-    def _receive(self, batch: MicroBatch, scores: Scores | None, chosen: Sampling) -> Iterator[TokenResult]:
+    def _receive(self, batch: MicroBatch, scores: Scoring | None, chosen: Sampling) -> Iterator[TokenResult]:
         """Give the sequences of a micro-batch what was computed for them; yield the results of those that finished."""
         for each in batch.slices:
             sequence = self._scheduler[each.sequence]
@@ -262,10 +262,10 @@ class Engine:
                 yield self._finish(sequence, finish)
         yield from self._append(batch, chosen())
 
-    def _score(self, slices: Sequence[Slice], scores: Scores) -> None:
+    def _score(self, slices: Sequence[Slice], scores: Scoring) -> None:
         """Append log probabilities to the sequences whose prompts are scored."""
         targets = [target for each in slices for target in each.targets]
-        found = prompt_logprobs(scores, targets, [each.num_likeliest for each in slices for _ in each.targets])
+        found = iter(scores(targets, [each.num_likeliest for each in slices for _ in each.targets]))
         for each in slices:
             self._scheduler[each.sequence].take_scores(itertools.islice(found, len(each.targets)))
 

@@ -22,16 +22,18 @@ class BatchInputs:
         positions: The positions of the tokens in their sequences, int64 (1, tokens).
         rows: The tokens whose logits are wanted, and behind them those whose logits are only scored, int64 (rows,).
         targets: The known tokens whose log probabilities are wanted, int64 (targets,).
+        places: The place of each target's row among those that are only scored, int64 (targets,).
     """
 
     token_ids: torch.Tensor
     positions: torch.Tensor
     rows: torch.Tensor
     targets: torch.Tensor
+    places: torch.Tensor
 
 
 def batch_inputs(batch: MicroBatch) -> tuple[BatchInputs, list[int]]:
-    """Return the inputs of a micro-batch; and for each target the place of its row among those that are only scored."""
+    """Return the inputs of a micro-batch; and its `places` as Python's numbers, which the host needs."""
     slices = batch.slices
     starts, lengths = starts_of(slices), _integers(each.length for each in slices)
     first_rows = np.cumsum(lengths) - lengths - starts  # the row of each slice's position 0, as if it were there
@@ -45,6 +47,7 @@ def batch_inputs(batch: MicroBatch) -> tuple[BatchInputs, list[int]]:
         positions=torch.from_numpy(_filled(positions, batch.filler)),
         rows=torch.from_numpy(np.concatenate([wanted, rows])),
         targets=torch.from_numpy(_integers(itertools.chain.from_iterable(each.targets for each in slices))),
+        places=torch.from_numpy(places.astype(np.int64)),
     )
     return inputs, places.tolist()
 

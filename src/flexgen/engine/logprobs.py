@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
+from flexgen.devices.packed import PackedCopies
 from flexgen.errors import RequestError
 from flexgen.models.scoring import Scores
 from flexgen.request import TokenLogprobs
@@ -26,6 +27,30 @@ def token_logprobs(row: np.ndarray, token_id: int, num_logprobs: int) -> TokenLo
     ids = [token_id, *likeliest.tolist()]
     above = np.count_nonzero(row > row[token_id]) + np.count_nonzero(row[:token_id] == row[token_id])
     return TokenLogprobs(token_ids=tuple(ids), logprobs=tuple((row[ids] - log_sum).tolist()), rank=int(above) + 1)
+
+
+# From tokens of prompts, and the numbers of likeliest tokens that are wanted beside them, to their log probabilities; waits for these.
+Scoring = Callable[[Sequence[int], Sequence[int]], list[TokenLogprobs | RequestError]]
+
+
+def start_scoring(scores: Scores, copies: PackedCopies) -> Scoring:
+    """Start to bring scores to the host; several batches may be started before the first is asked for its log probabilities.
+
+    Args:
+        scores: The scores of the positions before the tokens.
+        copies: The copies to and from the device.
+
+    Returns:
+        A function that waits for the scores and returns what `prompt_logprobs` yields.
+    """
+    waiting = copies.to_host(scores.logprobs, scores.likeliest, scores.likeliest_logprobs)
+
+    def finish(targets: Sequence[int], counts: Sequence[int]) -> list[TokenLogprobs | RequestError]:
+        with waiting.arrived() as (logprobs, likeliest, likeliest_logprobs):
+            here = Scores(logprobs=logprobs, likeliest=likeliest, likeliest_logprobs=likeliest_logprobs)
+            return list(prompt_logprobs(here, targets, counts))
+
+    return finish
 
 
 def prompt_logprobs(scores: Scores, targets: Sequence[int], counts: Sequence[int]) -> Iterator[TokenLogprobs | RequestError]:

@@ -17,7 +17,7 @@ import torch
 
 from flexgen.base.recorder import COMPUTE, WAITING, Recorder
 from flexgen.devices.packed import PackedCopies
-from flexgen.engine.inputs import batch_inputs
+from flexgen.engine.inputs import BatchInputs, batch_inputs
 from flexgen.errors import EngineError
 from flexgen.kv.place import Pending, View
 from flexgen.models.attention import PassCache
@@ -72,13 +72,13 @@ class MicroBatchForward(ForwardCoroutine):
         if inputs is not host:  # a tensor of its own, not a view of what was copied, so that `input_rows` knows what is a view of it
             self._input_ids = inputs.token_ids.clone()
         self.logits = self._model.forward(
-            self._input_ids, inputs.positions, inputs.rows, self._cache, scorer := self._scorer(inputs.targets, places)
+            self._input_ids, inputs.positions, inputs.rows, self._cache, scorer := self._scorer(inputs, places)
         )
         self.scores = None if scorer is None else scorer.result()
 
-    def _scorer(self, targets: torch.Tensor, places: Sequence[int]) -> Scorer | None:
+    def _scorer(self, inputs: BatchInputs, places: Sequence[int]) -> Scorer | None:
         counts = {each.num_likeliest for each in self.batch.slices if each.scored}
-        return Scorer(targets, -1 if -1 in counts else max(counts), places) if places else None
+        return Scorer(inputs.targets, -1 if -1 in counts else max(counts), places, inputs.places) if places else None
 
     def _suspend(self) -> None:
         assert self.parent is not None

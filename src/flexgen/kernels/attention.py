@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 
 import torch
 
 from flexgen.kernels.codes import HeadCodes, SealedPages
 from flexgen.kernels.reference import AttentionKernels
-from flexgen.kernels.triton_support import why_not_triton
-
-logger = logging.getLogger(__name__)
+from flexgen.kernels.triton_support import in_triton
 
 
 def attention_kernels(device: torch.device, num_threads: int) -> AttentionKernels:
@@ -28,12 +25,10 @@ def _cpu_kernels(device: torch.device, num_threads: int) -> AttentionKernels:
 
 def _cuda_kernels(device: torch.device, num_threads: int) -> AttentionKernels:
     """Triton's kernels where Triton is installed and compiles for the device; elsewhere torch's own operations."""
-    if reason := why_not_triton(device):
-        logger.info("attention on the device in torch's operations: %s", reason)
+    if not in_triton(device, "attention", otherwise="in torch's operations"):
         return _gathered_kernels(device, num_threads)
     from flexgen.kernels.triton.sealed_kernels import TritonKernels
 
-    logger.info("attention on the device in Triton's kernels")
     return TritonKernels()
 
 

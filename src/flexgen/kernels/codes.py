@@ -3,7 +3,7 @@
 A head of one token is cut into groups of neighbouring numbers.  With 8 bits a number is scale * code, for codes from -127 to 127; with
 4 bits it is least + scale * code, for codes from 0 to 15.  Scales and least numbers are float16.  Keys may be rotated first by a Hadamard
 matrix (orthonormal, and its own inverse), which spreads a single large number over all of a head.  Every step is one operation of float32
-with one rounding, so that each device finds the same codes.
+with one rounding, so that each device finds the same codes; constants are Python's numbers, which become float32 and are not copied.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def rotated(numbers: Tensor) -> Tensor:
             one, other = pairs[..., 0, :], pairs[..., 1, :]
             part = torch.stack([one + other, one - other], dim=-2).flatten(-3)
             half *= 2
-        parts.append(part * torch.tensor(1 / math.sqrt(size), dtype=part.dtype, device=part.device) if size > 1 else part)
+        parts.append(part * (1 / math.sqrt(size)) if size > 1 else part)
     return torch.cat(parts, dim=-1)
 
 
@@ -129,10 +129,10 @@ def _parameters(group: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     poison = (group * 0).sum(-1, keepdim=True)  # 0, or not a number
     if bits == 8:
         largest = group.abs().amax(-1, keepdim=True)
-        scale = largest * torch.tensor(1 / 127, dtype=torch.float32, device=group.device)
+        scale = largest * (1 / 127)
         return (scale.clamp(max=LARGEST_HALF) + poison).half(), torch.zeros_like(scale).half()
     least, largest = group.amin(-1, keepdim=True), group.amax(-1, keepdim=True)
-    scale = (largest - least) * torch.tensor(1 / 15, dtype=torch.float32, device=group.device)
+    scale = (largest - least) * (1 / 15)
     return (scale.clamp(max=LARGEST_HALF) + poison).half(), least.clamp(-LARGEST_HALF, LARGEST_HALF).half()
 
 
@@ -229,5 +229,6 @@ class Rotations:
         wide, dim = torch.promote_types(numbers.dtype, torch.float32), numbers.shape[-1]
         key = dim, numbers.device, wide
         if key not in self._matrices:
-            self._matrices[key] = rotated(torch.eye(dim, dtype=wide)).to(numbers.device)
+            places = torch.arange(dim, device=numbers.device)  # made where it is used, so that nothing is copied
+            self._matrices[key] = rotated((places[:, None] == places).to(wide))
         return numbers.to(wide) @ self._matrices[key]

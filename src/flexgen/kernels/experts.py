@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Callable
 
 import torch
 
 from flexgen.kernels.grouped import GroupedKernels
-from flexgen.kernels.triton_support import why_not_triton
-
-logger = logging.getLogger(__name__)
+from flexgen.kernels.triton_support import in_triton
 
 
 @functools.cache
@@ -23,12 +20,10 @@ def grouped_kernels(device: torch.device) -> GroupedKernels | None:
 
 def _cuda_kernels(device: torch.device) -> GroupedKernels | None:
     """Triton's kernels where Triton is installed and compiles for the device."""
-    if reason := why_not_triton(device):
-        logger.info("experts on the device one by one: %s", reason)
+    if not in_triton(device, "experts", otherwise="one by one"):
         return None
     from flexgen.kernels.triton.experts import TritonGroupedKernels
 
-    logger.info("experts on the device in Triton's kernels")
     return TritonGroupedKernels()
 
 

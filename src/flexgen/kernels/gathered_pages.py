@@ -25,13 +25,20 @@ class PagesToGather:
         read: A function from ranges of sequences, key heads and columns of the page tables to what these hold.
         heads: The number of key heads.
         columns: The number of columns of the page tables.
-        page_bytes: The bytes of temporary tensors for each page of one head.
+        page_tokens: The positions of a column.
+        position_bytes: The bytes of temporary tensors for each position of one head.
     """
 
     read: ReadPages
     heads: int
     columns: int
-    page_bytes: int
+    page_tokens: int
+    position_bytes: int
+
+    @property
+    def page_bytes(self) -> int:
+        """The bytes of temporary tensors for each page of one head."""
+        return self.page_tokens * self.position_bytes
 
 
 def visible_in(columns: slice, page_tokens: int, starts: Tensor, lengths: Tensor) -> Tensor:
@@ -78,15 +85,30 @@ def _pieces(num_sequences: int, pages: PagesToGather) -> Iterator[tuple[slice, s
     columns = min(left, pages.columns)
     heads = min(left // columns, pages.heads)
     sequences = left // (columns * heads) if heads == pages.heads else 1
-    ranges = list(_ranges(pages.columns, columns))
-    for some in _ranges(num_sequences, sequences):
-        for each in _ranges(pages.heads, heads):
-            yield some, each, ranges
+    parts = list(ranges(pages.columns, columns))
+    for some in ranges(num_sequences, sequences):
+        for each in ranges(pages.heads, heads):
+            yield some, each, parts
 
 
-def _ranges(number: int, at_once: int) -> Iterator[slice]:
+def ranges(number: int, at_once: int) -> Iterator[slice]:
+    """Yield ranges of so many things that are taken at once."""
     for first in range(0, number, at_once):
         yield slice(first, min(first + at_once, number))
+
+
+def plain_reader(key_pages: Tensor, value_pages: Tensor, page_tables: Tensor, starts: Tensor, lengths: Tensor) -> ReadPages:
+    """Return what reads pages of plain numbers; the arguments are those of `decode_attention`."""
+    size = key_pages.shape[3]
+
+    def read(some: slice, heads: slice, columns: slice) -> Part:
+        ids = page_tables[some, columns].long().clamp(min=0)
+        seen = visible_in(columns, size, starts[some], lengths[some])
+        key = key_pages[:, heads][ids].permute(0, 2, 1, 4, 3).flatten(2, 3).contiguous()  # (B, K, N, Dk)
+        value = value_pages[:, heads][ids].transpose(1, 2).flatten(2, 3)
+        return cleared(key, seen), cleared(value, seen), seen
+
+    return read
 
 
 def sealed_reader(

@@ -6,13 +6,14 @@ The number of an id depends on (seed, position, id) only.  They are streams of t
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from flexgen.kernels.triton_support import why_not_triton
+from flexgen.kernels.triton_support import in_triton
 
 UINT64 = (1 << 64) - 1
 _ROUNDS = 10
@@ -50,13 +51,14 @@ def exponential_rows(seeds: Tensor, positions: Tensor, size: int) -> Tensor:
     return ((bits.double() + 0.5) * 2.0**-52).log().neg()
 
 
+@functools.cache
 def exponential_rows_on(device: torch.device) -> Callable[[Tensor, Tensor, int], Tensor]:
     """Return what computes `exponential_rows` on a device: a kernel in Triton where there can be one, which is a single launch."""
-    if device.type != "cuda" or why_not_triton(device):
+    if not in_triton(device, "random numbers", otherwise="in torch's operations"):
         return exponential_rows
-    from flexgen.kernels.triton.random_numbers import exponential_rows as in_triton
+    from flexgen.kernels.triton.random_numbers import exponential_rows as compiled
 
-    return in_triton
+    return compiled
 
 
 def random_bits(seeds: Tensor, positions: Tensor, size: int) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 from flexgen.kernels.dequantize.blocks import Codes, NestedScales, Scales
 from flexgen.kernels.dequantize.groups import Groups, Packing
 from flexgen.kernels.dequantize.reference import DequantizeKernels
+from flexgen.kernels.encoded import EncodedMatrices
 from flexgen.kernels.grouped import SortedPairs, Window
 from flexgen.kernels.reference import AttentionKernels
 
@@ -114,7 +115,12 @@ class PricedGroupedKernels:
     def covers(self, dtype: torch.dtype) -> bool:
         return True
 
-    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None, pairs: SortedPairs, window: Window, *, gathers: bool) -> Tensor:
+    def reads_encoded(self, mean_rows: int) -> bool:
+        return False  # plans price all units as decoded, too
+
+    def product(
+        self, x: Tensor, weight: Tensor | EncodedMatrices, bias: Tensor | None, pairs: SortedPairs, window: Window, *, gathers: bool
+    ) -> Tensor:
         _, inputs, outputs = weight.shape
         out, count = x.new_empty(window.num_rows, outputs), _expected_pairs(pairs, window)
         nbytes = count * (inputs + outputs) * x.element_size()

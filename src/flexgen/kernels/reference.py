@@ -273,6 +273,10 @@ class AttentionKernels:
     decode_sparse_sealed_attention = staticmethod(decode_sparse_sealed_attention)
     prefill_sealed_attention = staticmethod(prefill_sealed_attention)
 
+    def covers_in_pages(self, query: Tensor, value_dim: int) -> bool:
+        """Whether `prefill_paged_attention` is to be asked for such queries, (T, H, Dk), and values; the reference waits for a device."""
+        return self.attends_in_pages
+
     def close(self) -> None:
         """End what the kernels run on.  Idempotent."""
 

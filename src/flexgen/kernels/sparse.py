@@ -21,18 +21,37 @@ from flexgen.plan.policy import SPARSE_KV_BYTES, SPARSE_SCORES_BYTES
 
 
 def chosen(products: Tensor, visible: Tensor, own: Tensor, kept: Tensor) -> Tensor:
-    """Return which positions each head of each query keeps, bool (H, T, N).
+    """Return which positions each head of each query keeps, bool (..., N).
 
     Args:
-        products: Products of queries and keys, (H, T, N).
-        visible: The positions that each query sees, bool (T, N).
-        own: The visible positions of each query's own page, bool (T, N).
-        kept: How many positions each query keeps for their products, int64 (T,).
+        products: Products of queries and keys, (..., N).
+        visible: The positions that each query sees, bool; shapes of this and of what follows expand to that of the products.
+        own: The visible positions of each query's own page, bool.
+        kept: How many positions each query keeps for their products, int64 (..., 1).
     """
     order = products.masked_fill(~visible, float("-inf")).argsort(dim=-1, descending=True, stable=True)
     places = torch.arange(products.shape[-1], device=products.device).expand_as(order)
     ranks = torch.empty_like(order).scatter_(-1, order, places)
-    return ((ranks < kept[:, None]) & visible) | own
+    return ((ranks < kept) & visible) | own
+
+
+def kept_weights(products: Tensor, keeps: Tensor, scaling: float, softcap: float | None, sinks: Tensor | None) -> Tensor:
+    """Return the softmax over the positions that are kept, (..., N), for the products of queries and keys.
+
+    Args:
+        products: The products, (..., N).
+        keeps: Which positions are kept, of the same shape.
+        scaling: As for `decode_attention`.
+        softcap: As for `decode_attention`.
+        sinks: As for `decode_attention`, of a shape that expands to (..., 1).
+    """
+    scores = products * scaling
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~keeps, float("-inf"))
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.to(scores.dtype).expand(*scores.shape[:-1], 1)], dim=-1)
+    return torch.softmax(scores, dim=-1)[..., : products.shape[-1]]
 
 
 def row_blocks(num_queries: int, num_heads: int, num_positions: int) -> Iterator[slice]:
@@ -70,9 +89,9 @@ def attend_chosen(
         query: (T, H, Dk), of a range that `row_blocks` yields: some ten tensors of the size of their scores are held.
         key: (N, K, Dk).
         value: (N, K, Dv).  What no head of a key head keeps has no influence, whatever it is.
-        visible: As for `chosen`.
-        own: As for `chosen`.
-        kept: As for `chosen`.
+        visible: The positions that each query sees, bool (T, N).
+        own: The visible positions of each query's own page, bool (T, N).
+        kept: How many positions each query keeps for their products, int64 (T,).
         scaling: As for `decode_attention`.
         softcap: As for `decode_attention`.
         sinks: As for `decode_attention`.
@@ -93,14 +112,8 @@ def _attend_heads(
     (num_queries, num_heads, key_dim), kv_heads = query.shape, key.shape[1]
     grouped = query.to(dtype).reshape(num_queries, kv_heads, num_heads // kv_heads, key_dim)
     products = torch.einsum("tkgd,nkd->kgtn", grouped, key.to(dtype)).flatten(0, 1)  # (H, T, N)
-    keeps = chosen(products, visible, own, kept)
-    scores = products * scaling
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.masked_fill(~keeps, float("-inf"))
-    if sinks is not None:
-        scores = torch.cat([scores, sinks.to(dtype)[:, None, None].expand(-1, num_queries, 1)], dim=-1)
-    weights = torch.softmax(scores, dim=-1)[..., : key.shape[0]]
+    keeps = chosen(products, visible, own, kept[:, None])
+    weights = kept_weights(products, keeps, scaling, softcap, None if sinks is None else sinks[:, None, None])
     weights = weights.view(kv_heads, num_heads // kv_heads, num_queries, -1)  # (K, G, T, N)
     wanted = keeps.view(weights.shape).any(dim=2).any(dim=1).T  # (N, K)
     read = value.to(dtype).masked_fill(~wanted[..., None], 0.0)

@@ -245,6 +245,8 @@ class PlainPages(KVPages):
         if call.latent is not None or call.query.dtype != self.keys.dtype:  # pages hold no keys, or not those that are computed with
             return False
         query = call.query[0, :, call.query.shape[2] - len(out) :].transpose(0, 1)  # (tokens, heads, key_dim)
+        if not kernels.covers_in_pages(query, out.shape[2]):
+            return False
         how: dict[str, Any] = {"scaling": call.scaling, "softcap": call.softcap, "sinks": call.sinks, "out": out}
         kernels.prefill_paged_attention(query, self.keys, self.values, prompts, **how)
         return True

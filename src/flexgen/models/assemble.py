@@ -5,8 +5,8 @@ Reads headers and configs, never weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from flexgen.models.refusals import check_supported_architecture
 from flexgen.models.rope import recompute_length, rope_regime
 from flexgen.models.skeleton import BoundModel
 from flexgen.models.units import cut_model
+from flexgen.passes.calls import AttentionCall
 from flexgen.passes.geometry import LayerKV
 from flexgen.plan.model import ModelSpec
 from flexgen.weights.rows import RowTable
@@ -48,6 +49,8 @@ class AssembledModel:
         rope_regime: A function from the length of a prompt to what its keys depend on besides its tokens.
         unused_bytes: The bytes of stored parameters that text generation does not need, such as those of vision towers.
         encodings: An encoded tensor of each kind that the model has, so that decoding can be warmed up.
+        calls: The model's attention calls, whose tensors have no memory, so that kernels can be compiled for them.
+        experts_per_token: For each experts module, how many experts a token chooses, and of how many.
         open_file: Opens a file of weights; called with the arguments of `File`.
     """
 
@@ -65,6 +68,8 @@ class AssembledModel:
     rope_regime: Callable[[int], Hashable]
     unused_bytes: int
     encodings: tuple[Encoding, ...] = ()
+    calls: tuple[AttentionCall, ...] = ()
+    experts_per_token: Mapping[str, tuple[int, int]] = field(default_factory=dict[str, tuple[int, int]])
     open_file: Callable[..., File] = File
 
 
@@ -117,6 +122,8 @@ def assemble_model(
         recompute_length=recompute_length(config),
         rope_regime=rope_regime(config),
         unused_bytes=units.unused_bytes,
+        calls=units.trace.calls,
+        experts_per_token=units.trace.experts_per_token,
         encodings=smallest_of_each_kind(
             piece.tensor.encoding
             for source in units.sources.parameters.values()

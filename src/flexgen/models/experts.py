@@ -37,7 +37,18 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
     Returns:
         The sum, (tokens, hidden), in the dtype of `hidden_states`.
     """
-    layer = ExpertLayer(
+    sums = empty_sums(expert_layer(module), hidden_states, top_k_index, top_k_weights)
+    parts = getattr(module, "flexgen_parts", None)
+    if parts is None:  # not split: the module's own hook has entered its unit
+        sums.add(dict(module.named_parameters(recurse=False)), 0)
+    else:
+        _add_parts(sums, parts)
+    return sums.total()
+
+
+def expert_layer(module: Any) -> ExpertLayer:
+    """Return how each expert of an experts module computes."""
+    return ExpertLayer(
         num_experts=int(module.num_experts),
         first="gate_up_proj" if module.has_gate else "up_proj",
         is_transposed=module.is_transposed,
@@ -45,13 +56,18 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
         gate=module._apply_gate if module.has_gate else module.act_fn,
         norm=module.post_expert_norm if module.has_post_expert_norm else None,
     )
-    sums = empty_sums(layer, hidden_states, top_k_index, top_k_weights)
-    parts = getattr(module, "flexgen_parts", None)
-    if parts is None:  # not split: the module's own hook has entered its unit
-        sums.add(dict(module.named_parameters(recurse=False)), 0)
-    else:
-        _add_parts(sums, parts)
-    return sums.total()
+
+
+def scored_expert_layer(experts: Any) -> ExpertLayer:
+    """Return how each of Llama 4's experts computes, for a Llama4TextExperts."""
+
+    def gate(gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return up * experts.act_fn(gate)
+
+    return ExpertLayer(
+        num_experts=experts.num_experts, first="gate_up_proj", is_transposed=True, has_bias=False, gate=gate, norm=None
+    )  # fmt: skip
 
 
 def scored_experts_forward(module: Any, parts: Sequence[Part], hidden_states: Tensor) -> tuple[Tensor, Tensor]:
@@ -67,17 +83,11 @@ def scored_experts_forward(module: Any, parts: Sequence[Part], hidden_states: Te
     Returns:
         The output, (tokens, hidden), and the router's logits.
     """
-
-    def gate(gate_up: Tensor) -> Tensor:
-        gate, up = gate_up.chunk(2, dim=-1)
-        return up * module.experts.act_fn(gate)
-
     hidden = hidden_states.reshape(-1, module.hidden_dim)
     scores, logits = module.router(hidden)  # (tokens, experts), zero where not chosen
     chosen = scores.topk(module.top_k, dim=-1)  # (tokens, k)
     rows = (hidden[:, None] * chosen.values[..., None]).flatten(0, 1)  # (tokens * k, hidden)
-    layer = ExpertLayer(num_experts=module.num_experts, first="gate_up_proj", is_transposed=True, has_bias=False, gate=gate, norm=None)
-    sums = empty_sums(layer, rows, chosen.indices.reshape(-1, 1), None)
+    sums = empty_sums(scored_expert_layer(module.experts), rows, chosen.indices.reshape(-1, 1), None)
     _add_parts(sums, parts)
     total = sums.total().view(len(hidden), module.top_k, -1).sum(dim=1)
     return module.shared_expert(hidden) + total, logits

@@ -40,16 +40,19 @@ class Scorer:
         targets: The token ids whose log probabilities are wanted, int64 (targets,), where computing happens.
         num_likeliest: The number of likeliest tokens that are wanted for each row; -1 for all.
         rows: The row of each target, ascending; None if each has one of its own.
+        rows_there: The same, int64 (targets,), where computing happens; None to copy them there.
 
     Attributes:
         num_rows: The number of rows.
     """
 
-    def __init__(self, targets: torch.Tensor, num_likeliest: int, rows: Sequence[int] | None = None) -> None:
+    def __init__(
+        self, targets: torch.Tensor, num_likeliest: int, rows: Sequence[int] | None = None, rows_there: torch.Tensor | None = None
+    ) -> None:
         self._rows = range(len(targets)) if rows is None else rows
         self.num_rows = self._rows[-1] + 1 if self._rows else 0
         self._targets, self._num_likeliest = targets, sys.maxsize if num_likeliest == -1 else num_likeliest
-        self._row_of = torch.tensor(self._rows, dtype=torch.int64, device=targets.device)
+        self._row_of = torch.tensor(self._rows, dtype=torch.int64, device=targets.device) if rows_there is None else rows_there
         new = {"dtype": torch.float64, "device": targets.device}
         self._log_sums = torch.full((self.num_rows,), -torch.inf, **new)
         self._logits = torch.full((len(targets),), torch.nan, **new)
@@ -119,7 +122,12 @@ def _blocks(logits: Iterable[tuple[slice, torch.Tensor]]) -> Iterator[tuple[slic
 
 
 def likeliest_ids(numbers: torch.Tensor, count: int) -> torch.Tensor:
-    """Return the indices of the `count` largest numbers of each row, (rows, count): the largest first, and the lower index among equals."""
+    """Return the indices of the `count` largest numbers of each row, (rows, count): the largest first, and the lower index among equals.
+
+    On a device whole rows are sorted, because to ask whether any numbers are equal would be to wait for it.
+    """
+    if numbers.device.type != "cpu":
+        return numbers.sort(dim=-1, descending=True, stable=True).indices[:, :count]
     if count == 1:
         return numbers.argmax(dim=-1, keepdim=True)
     values, ids = numbers.topk(count, dim=-1)

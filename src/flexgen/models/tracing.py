@@ -19,7 +19,7 @@ from flexgen.models.attention import PassCache
 from flexgen.models.coroutine import ForwardCoroutine
 from flexgen.models.head import Tail, TailRecorder
 from flexgen.models.operations import OperationCounter
-from flexgen.passes.calls import AttentionCall
+from flexgen.passes.calls import AttentionCall, KeyValue, without_memory
 from flexgen.passes.geometry import LayerKV
 from flexgen.passes.plan import Slice
 
@@ -38,6 +38,7 @@ class ModelTrace:
         used: The entered modules and those whose parameters were read.
         embeddings: The embedding modules that look input ids up.
         layers: The KV of each layer, by layer index.
+        calls: The attention calls, whose tensors have no memory; all of them pass keys and values to store.
         experts_per_token: For each experts module, (k, num_experts).
         tail: What the model does to the logits after its head, see `TailRecorder.tail`.
         num_operations: The operations that would run on a device, with one for each linear layer, layer of experts and attention.
@@ -50,6 +51,7 @@ class ModelTrace:
     revisited: frozenset[str]
     embeddings: frozenset[str]
     layers: tuple[LayerKV, ...]
+    calls: tuple[AttentionCall, ...]
     experts_per_token: dict[str, tuple[int, int]]
     tail: Tail | None
     num_operations: int
@@ -62,6 +64,8 @@ class _Tracer(ForwardCoroutine):
         super().__init__(run)
         self.position_ids = torch.arange(len(TRACE_IDS))[None]
         self.layers: dict[int, LayerKV] = {}
+        self.calls: list[AttentionCall] = []
+        self._new: dict[int, KeyValue] = {}  # what each layer stores
 
     def slices(self) -> list[Slice]:
         count = len(TRACE_IDS)
@@ -70,11 +74,13 @@ class _Tracer(ForwardCoroutine):
     def attend(self, call: AttentionCall) -> torch.Tensor:
         if call.new is not None:
             self.layers[call.layer] = LayerKV(layer=call.layer, geometry=call.geometry, flops_per_pair=_flops_per_pair(call))
+            self._new[call.layer] = call.new
         else:
             earlier = self.layers[call.layer]
             if (earlier.geometry.window, earlier.geometry.chunk) != (call.window, call.chunk):
                 raise UnsupportedModelError(f"layer {call.layer}'s keys are attended to with different windows")
             self.layers[call.layer] = replace(earlier, flops_per_pair=earlier.flops_per_pair + _flops_per_pair(call))
+        self.calls.append(without_memory(call, self._new[call.layer], len(TRACE_IDS)))
         return call.new_output().zero_()
 
 
@@ -203,6 +209,7 @@ def trace_model(model: Any) -> ModelTrace:
         revisited=frozenset(name for name in set(order) if order.count(name) > 1),
         embeddings=frozenset(usage.embeddings),
         layers=tuple(tracer.layers[layer] for layer in sorted(tracer.layers)),
+        calls=tuple(tracer.calls),
         experts_per_token=usage.experts,
         tail=tails[0],
         num_operations=counter.num_operations,

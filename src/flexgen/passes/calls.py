@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -68,6 +68,28 @@ class AttentionCall:
     def new_output(self) -> torch.Tensor:
         """Return uninitialized memory for the result, (1, tokens, heads, value_dim)."""
         return self.query.new_empty(1, self.query.shape[2], self.query.shape[1], self.value.shape[3])
+
+
+def without_memory(call: AttentionCall, new: KeyValue, tokens: int) -> AttentionCall:
+    """Return a call like another one for so many tokens, whose tensors have no memory.
+
+    Args:
+        call: The other call.
+        new: The keys and values that are stored first, those of an earlier call if this one passes none.
+        tokens: The number of tokens.
+    """
+
+    def of_tokens(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.new_empty(1, tensor.shape[1], tokens, tensor.shape[3], device="meta")
+
+    def alike(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.new_empty(tensor.shape, device="meta")
+
+    latent = call.latent and LatentProjection(key_up=alike(call.latent.key_up), value_up=alike(call.latent.value_up))
+    return replace(
+        call, query=of_tokens(call.query), key=of_tokens(call.key), value=of_tokens(call.value), new=(of_tokens(new[0]), of_tokens(new[1])),
+        sinks=None if call.sinks is None else alike(call.sinks), latent=latent,
+    )  # fmt: skip
 
 
 class CacheUpdate:

@@ -31,6 +31,7 @@ from flexgen.plan.play import admit
 from flexgen.plan.tell.forecast import Plan, make_plan
 from flexgen.plan.workload import Workload
 from flexgen.profile.kept import cached_machine
+from flexgen.session.device_kernels import compile_kernels
 from flexgen.session.model import DESCRIBING, ResolvedModel
 from flexgen.session.random_weights import RandomWeights
 from flexgen.session.turns import forked
@@ -110,6 +111,8 @@ def prepare(found: ResolvedModel, options: EngineOptions, workload: Workload) ->
         weights = model.layouts[0].extents[0].path.parent
         machine = measured_machine(limits, weights, model.total_bytes, model.spec)
         load_kernels(model.dtype, model.kv_format, sparse=options.kept_share is not None)
+        if limits.device == "cuda":
+            compile_kernels(model, torch.device("cuda"))
         for encoding in model.encodings:
             if limits.device == "cpu" or not encoding.format.carried_as_stored:
                 warming.warm_up(encoding, model.dtype)

@@ -3,32 +3,36 @@
 from __future__ import annotations
 
 import functools
-import logging
 
 import torch
 
 from flexgen.kernels.dequantize.reference import DequantizeKernels
-from flexgen.kernels.triton_support import why_not_triton
+from flexgen.kernels.triton_support import in_triton, is_compiling
 
-logger = logging.getLogger(__name__)
+
+def dequantize_kernels(device: torch.device) -> DequantizeKernels:
+    """Return the kernels for tensors on `device`.
+
+    Tensors without memory stand for those of a CUDA device while kernels are compiled; at other times decoding them has a price only.
+    """
+    if device.type == "meta" and not is_compiling():
+        return priced_kernels()
+    return kernels_of(device)
 
 
 @functools.cache
-def dequantize_kernels(device: torch.device) -> DequantizeKernels:
-    """Return Triton's kernels for a CUDA device that they compile for, and plain torch operations for every other device.
+def priced_kernels() -> DequantizeKernels:
+    """Return kernels that take the time of decoding only."""
+    from flexgen.kernels.priced import PricedDequantizeKernels
 
-    Where tensors have no numbers, decoding has a price only.
-    """
-    if device.type == "meta":
-        from flexgen.kernels.priced import PricedDequantizeKernels
+    return PricedDequantizeKernels()
 
-        return PricedDequantizeKernels()
-    if device.type != "cuda":
-        return DequantizeKernels()
-    if reason := why_not_triton(device):
-        logger.info("stored numbers are decoded on the device in plain torch operations: %s", reason)
+
+@functools.cache
+def kernels_of(device: torch.device) -> DequantizeKernels:
+    """Return Triton's kernels for a CUDA device that they compile for, and plain torch operations for every other device."""
+    if not in_triton(device, "decoding of stored numbers", otherwise="in plain torch operations"):
         return DequantizeKernels()
     from flexgen.kernels.triton.dequantize import TritonDequantizeKernels
 
-    logger.info("stored numbers are decoded on the device in Triton's kernels")
     return TritonDequantizeKernels()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from flexgen.kernels.checks import check_shapes
+from flexgen.kernels.triton.grids import ALIGNMENT
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # How programs read scales that are stored in these dtypes.
@@ -24,8 +25,18 @@ def seen(num_sequences: int, page_tables: Tensor, starts: Tensor, lengths: Tenso
 
 
 def rows_of(tensor: Tensor) -> Tensor:
-    """Return (tokens, heads, dim) whose heads are contiguous."""
-    return tensor if tensor.stride(2) == 1 else tensor.contiguous()
+    """Return (tokens, heads, dim) with contiguous heads, such that one program fits, whatever the tensor was a part of.
+
+    Where heads have a multiple of 16 numbers, as nearly all models' have, strides and addresses are multiples of 16, too.  Other heads are
+    copied if there is anything between them.
+    """
+    _, heads, dim = tensor.shape
+    token, head, one = tensor.stride()
+    if dim % ALIGNMENT:
+        fits = (token, head, one) == (heads * dim, dim, 1)
+    else:
+        fits = one == 1 and token % ALIGNMENT == head % ALIGNMENT == 0
+    return tensor if fits and tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone(memory_format=torch.contiguous_format)
 
 
 def cap(softcap: float | None) -> float | None:

@@ -19,6 +19,7 @@ from flexgen.kernels.dequantize.groups import WORD_BITS, Groups, Packing, ZeroPo
 from flexgen.kernels.dequantize.reference import DequantizeKernels
 from flexgen.kernels.triton.arguments import DTYPES, SCALE_KINDS
 from flexgen.kernels.triton.dequantize_blocks import run_blocks
+from flexgen.kernels.triton.grids import on_grid
 from flexgen.kernels.triton.programs.dequantize import decode_matrices, decode_ranges
 
 TILE = 2048  # numbers that a program decodes, at most
@@ -116,10 +117,9 @@ class TritonDequantizeKernels(DequantizeKernels):
             return
         rows, columns = out.shape
         tile_rows, tile_columns = _tile(rows, columns, MOST_COLUMNS)
-        kernel: Any = decode_ranges  # as Triton makes it, which type checkers do not know
         if out.numel():
-            grid = -(-columns // tile_columns), -(-rows // tile_rows)
-            kernel[grid](codes, ranges, out, rows, columns, start, SIZE=size, ROWS=tile_rows, COLUMNS=tile_columns, **OPTIONS)
+            launch = on_grid(decode_ranges, (-(-columns // tile_columns), -(-rows // tile_rows)), out.device)
+            launch(codes, ranges, out, rows, columns, start, SIZE=size, ROWS=tile_rows, COLUMNS=tile_columns, **OPTIONS)
 
 
 def _of_codes(codes: Codes) -> dict[str, Any]:
@@ -179,8 +179,7 @@ def _run(
     row_tiles, column_tiles = -(-rows // tile_rows), -(-columns // tile_columns)
     group = 0 if group >= columns else group
     shared = 1 if arguments["order"] is not None else math.gcd(group, tile_columns)  # all, if all columns are a group
-    kernel: Any = decode_matrices  # as Triton makes it, which type checkers do not know
-    kernel[(count * row_tiles * column_tiles,)](
+    on_grid(decode_matrices, (count * row_tiles * column_tiles,), out.device)(
         **arguments, out=out, rows=rows, columns=columns, row_tiles=row_tiles, column_tiles=column_tiles, GROUP=group, SHARED=shared,
         BLOCK_ROWS=0 if block_rows >= arguments["skipped"] + rows else block_rows, ROWS=tile_rows, COLUMNS=tile_columns, **OPTIONS,
     )  # fmt: skip

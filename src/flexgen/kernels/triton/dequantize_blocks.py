@@ -9,6 +9,7 @@ from torch import Tensor
 
 from flexgen.base.quantities import power_of_two
 from flexgen.hub.gguf_file import BY_NAME
+from flexgen.kernels.triton.grids import on_grid
 from flexgen.kernels.triton.programs.dequantize_blocks import decode_blocks
 
 
@@ -75,8 +76,7 @@ def run_blocks(name: str, raw: Tensor, out: Tensor, tile: int, options: dict[str
     if not num_blocks:
         return True
     blocks = min(power_of_two(num_blocks), tile // block)
-    kernel: Any = decode_blocks  # as Triton makes it, which type checkers do not know
-    kernel[(-(-num_blocks // blocks),)](
+    on_grid(decode_blocks, (-(-num_blocks // blocks),), out.device)(
         raw, out, num_blocks, BLOCK=block, BLOCK_BYTES=block_bytes, BLOCKS=blocks, **LAYOUTS[name].constants(), **options
     )
     return True

@@ -14,11 +14,13 @@ from flexgen.kernels.checks import check_format, check_out, check_shapes
 from flexgen.kernels.encoded import ZEROS_OF_WORD, EncodedMatrices
 from flexgen.kernels.grouped import SortedPairs, Window
 from flexgen.kernels.triton.arguments import DTYPES, SCALE_KINDS
+from flexgen.kernels.triton.grids import on_grid
 from flexgen.kernels.triton.launch import STAGED_BYTES, columns
 from flexgen.kernels.triton.programs import experts as programs
 from flexgen.kernels.triton.programs.encoded_experts import encoded_product
 
 LEAST_ROWS, MOST_ROWS = 16, 128  # of a tile; tensor cores multiply no fewer
+MEAN_ROWS = (16, 32, 64, 128)  # of an expert on average, for which tiles have different sizes
 MOST_STAGES = 4
 ENCODED_ROWS = 64  # of an expert on average, up to which its matrices are decoded for every tile: there are few tiles
 SUMMED_COLUMNS = 1024  # of a program that adds results
@@ -51,8 +53,8 @@ class TritonGroupedKernels:
         out = x.new_empty(window.num_rows, outputs)
         tile = _tile(x.dtype, num_pairs // pairs.num_experts, is_encoded=is_encoded)
         arguments = _of_codes(weight, window.count, tile["DEPTH"]) if is_encoded else _of_numbers(weight, window.count)
-        kernel: Any = encoded_product if is_encoded else programs.grouped_product  # as Triton makes it, which type checkers do not know
-        kernel[-(-window.num_rows // tile["ROWS"]) + window.count, -(-outputs // tile["COLUMNS"])](
+        grid = -(-window.num_rows // tile["ROWS"]) + window.count, -(-outputs // tile["COLUMNS"])
+        on_grid(encoded_product if is_encoded else programs.grouped_product, grid, out.device)(
             x=x, bias=bias, order=pairs.order, offsets=pairs.offsets, out=out, **_places(window), x_stride=x.stride(0), **arguments,
             CHOICES=num_pairs // num_rows if gathers else 0, INPUTS=inputs, OUTPUTS=outputs, GROUPS=power_of_two(window.count), **tile,
         )  # fmt: skip
@@ -67,8 +69,7 @@ class TritonGroupedKernels:
             check_shapes(weights=(weights, (num_totals, choices)))
             weights = weights.contiguous()
         width = min(columns(dim), SUMMED_COLUMNS)
-        kernel: Any = programs.add_rows
-        kernel[(num_totals, -(-dim // width))](
+        on_grid(programs.add_rows, (num_totals, -(-dim // width)), total.device)(
             rows.contiguous(), weights, pairs.places, pairs.offsets, total, **_places(window),
             CHOICES=choices, CHOICE_COLUMNS=power_of_two(choices), DIM=dim, COLUMNS=width,
         )  # fmt: skip

@@ -99,6 +99,9 @@ class PlainKernels(GatheredKernels):
         how = of_scores(scaling, softcap, sinks, query.shape[1])
         run_prefill(query, key_pages, value_pages, prompts.starts, out, how, prompts=prompts)
 
+    def covers_in_pages(self, query: Tensor, value_dim: int) -> bool:
+        return covers(query, value_dim)
+
     def decode_latent_attention(
         self,
         query_latent: Tensor,

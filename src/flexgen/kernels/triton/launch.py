@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from flexgen.base.quantities import power_of_two
+from flexgen.kernels.triton.grids import on_grid
 from flexgen.kernels.triton.programs.splits import merge_parts
 
 SPLIT_TOKENS = 512  # tokens of a sequence that a program attends to
@@ -69,12 +70,11 @@ def run_in_parts(
         if num_parts > 1:
             sums = torch.empty(len(found), heads, num_parts, dim, dtype=torch.float32, device=out.device)
             states = torch.empty(len(found), heads, num_parts, 2, dtype=torch.float32, device=out.device)
-        kernel[(len(found), programs, num_parts)](
+        on_grid(kernel, (len(found), programs, num_parts), out.device)(
             **some, **shared, sinks=sinks, out=found, part_sums=sums, part_states=states, SPLIT=SPLIT_TOKENS
         )
         if sums is not None:
-            merge: Any = merge_parts  # as Triton makes it, which type checkers do not know
-            merge[(len(found), heads)](
+            on_grid(merge_parts, (len(found), heads), out.device)(
                 sums, states, some["starts"], some["lengths"], sinks, found, num_parts,
                 HEADS=heads, DIM=dim, COLUMNS=columns(dim), SPLIT=SPLIT_TOKENS,
             )  # fmt: skip

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from flexgen.kernels.prompts import SHORT_TILE_ROWS, TILE_ROWS, PagedPrompts
 from flexgen.kernels.triton.arguments import rows_of
+from flexgen.kernels.triton.grids import ALIGNMENT, on_grid
 from flexgen.kernels.triton.launch import columns, options, tile_tokens
 from flexgen.kernels.triton.programs.prefill import prefill_attention
 
@@ -62,13 +63,16 @@ def run_prefill(
         paged |= {"tiles": prompts.tiles, "tables": prompts.page_tables, "table_stride": prompts.page_tables.shape[1]}
         paged |= {"PAGE_TOKENS": key.shape[3]}
     num_programs = -(-num_queries // rows) if prompts is None else len(prompts.tiles) * (tile_rows // rows)
-    kernel: Any = prefill_attention  # as Triton makes it, which type checkers do not know
-    kernel[(num_programs, heads)](
-        query, key, value, starts.contiguous(), out=out, num_queries=num_queries, num_keys=key.shape[0], **how, **paged,
+    row_bytes = heads * value_dim * out.element_size()
+    found = out if row_bytes % ALIGNMENT == 0 else out.new_empty(out.shape)  # rows of any micro-batch, aligned
+    on_grid(prefill_attention, (num_programs, heads), out.device)(
+        query, key, value, starts.contiguous(), out=found, num_queries=num_queries, num_keys=key.shape[0], **how, **paged,
         **_stored_arguments(stored), **_strides("query", query), **_strides("key", key), **_strides("value", value),
         HEADS=heads, KEY_DIM=key_dim, VALUE_DIM=value_dim, ROWS=rows, TILE_ROWS=tile_rows, KEY_COLUMNS=key_columns,
         VALUE_COLUMNS=value_columns, TILE=tile, **options(tile * token_bytes, rows * value_columns, query_bytes),
     )  # fmt: skip
+    if found is not out:
+        out.copy_(found)
 
 
 def _stored_arguments(stored: StoredPart | None) -> dict[str, Any]:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from flexgen.kernels.checks import check_shapes
+from flexgen.kernels.triton.grids import on_grid
 from flexgen.kernels.triton.programs import philox
 
 COUNTERS = 256  # of a program
@@ -18,6 +17,6 @@ def exponential_rows(seeds: Tensor, positions: Tensor, size: int) -> Tensor:
     num_rows = len(seeds)
     check_shapes(seeds=(seeds, (num_rows, 1)), positions=(positions, (num_rows, 1)))
     out = torch.empty(num_rows, size, dtype=torch.float64, device=seeds.device)
-    kernel: Any = philox.exponential_rows  # as Triton makes it, which type checkers do not know
-    kernel[(num_rows, -(-size // (4 * COUNTERS)))](seeds.contiguous(), positions.contiguous(), out, size, COUNTERS=COUNTERS)
+    launch = on_grid(philox.exponential_rows, (num_rows, -(-size // (4 * COUNTERS))), out.device)
+    launch(seeds.contiguous(), positions.contiguous(), out, size, COUNTERS=COUNTERS)
     return out

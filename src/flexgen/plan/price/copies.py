@@ -13,6 +13,7 @@ from flexgen.plan.price.memory import FRAGMENTATION, tokens_at_once
 from flexgen.plan.price.requests import JobSizes
 
 PAGE_BYTES, ID_BYTES = 4096, 8
+SCORE_BYTES, LIKELIEST_BYTES = 8, 16  # of a scored position, and of each of the likeliest tokens beside it
 INDEX_TENSORS = 4  # with a number for each token, and for each sequence and layer group, such as where a token is stored
 
 
@@ -29,7 +30,7 @@ def copies_bytes(spec: ModelSpec, sizes: JobSizes, policy: Policy, max_num_seqs:
 
     These are embedding rows and index tensors of a micro-batch; where KV is not on the device, what all next tokens give to and take from
     attention on the host, keys and values of some micro-batches of prompts, and as often those of the longest sequence, for a prompt that
-    goes on with it.
+    goes on with it; and the scores of a pass.
 
     Args:
         spec: The model.
@@ -46,7 +47,7 @@ def copies_bytes(spec: ModelSpec, sizes: JobSizes, policy: Policy, max_num_seqs:
     into = (tables + running * INDEX_TENSORS * (1 + groups)) * ID_BYTES
     if not policy.embedding_resident:
         into += running * (spec.hidden_size * size + spec.embedding_row_bytes + ID_BYTES)
-    out = 0
+    out = min(sizes.scored_tokens, most * sizes.most_scored) * (SCORE_BYTES + LIKELIEST_BYTES * sizes.num_likeliest)
     if policy.kv.device < 1:
         # Two FLOPs for each number of a head's key and value.  Its query and result are as large, or less than twice that on latents.
         steps = most * int(max((group.attention_flops_per_pair for group in spec.kv_groups), default=0)) * size

@@ -45,7 +45,7 @@ def attend_pages(
     return base, total, sums
 
 
-@triton.jit(do_not_specialize=["table_stride"])
+@triton.jit(do_not_specialize=["table_stride"], do_not_specialize_on_alignment=["query", "tables", "starts", "lengths", "out"])
 def decode_attention(
     query, keys, values, tables, starts, lengths, sinks, out, part_sums, part_states, scaling, softcap, query_stride, head_stride,
     table_stride, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,

@@ -40,7 +40,10 @@ def attend_codes(
     return base, total, sums
 
 
-@triton.jit(do_not_specialize=["table_stride"])
+@triton.jit(
+    do_not_specialize=["table_stride"],
+    do_not_specialize_on_alignment=["query", "turned", "tables", "tails", "starts", "lengths", "out"],
+)
 def decode_sealed_attention(
     query, turned, keys, key_parameters, values, value_parameters, tail_keys, tail_values, tables, tails, starts, lengths, sinks, out,
     part_sums, part_states, scaling, softcap, query_stride, head_stride, table_stride,

@@ -61,7 +61,10 @@ def attend_latent_codes(
     return base, total, sums
 
 
-@triton.jit(do_not_specialize=["table_stride"])
+@triton.jit(
+    do_not_specialize=["table_stride"],
+    do_not_specialize_on_alignment=["query", "query_rope", "tables", "code_tables", "starts", "lengths", "out"],
+)
 def decode_latent_attention(
     query, query_rope, keys, values, tables, codes, code_parameters, rope_codes, rope_parameters, code_tables, starts, lengths, sinks, out,
     part_sums, part_states, scaling, query_stride, head_stride, rope_stride, rope_head_stride, table_stride,

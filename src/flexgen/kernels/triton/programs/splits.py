@@ -1,6 +1,7 @@
 """Long sequences are cut: programs attend to SPLIT tokens each, and a second kernel merges what they found (flash-decoding).
 
-Cuts lie at multiples of SPLIT, whatever the batch is, so that a result does not depend on what shares a launch with it.
+Cuts lie at multiples of SPLIT, whatever the batch is, so that a result does not depend on what shares a launch with it.  Sequences may be
+launched some at a time, so that what belongs to each of them, and is read or written once, may begin at any address.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def store_rows(
         tl.store(part_states + parts * 2 + 1, total, mask=row_mask)
 
 
-@triton.jit(do_not_specialize=["num_parts"])
+@triton.jit(do_not_specialize=["num_parts"], do_not_specialize_on_alignment=["starts", "lengths", "out"])
 def merge_parts(
     part_sums, part_states, starts, lengths, sinks, out, num_parts, HEADS: tl.constexpr, DIM: tl.constexpr, COLUMNS: tl.constexpr,
     SPLIT: tl.constexpr,
