@@ -101,6 +101,8 @@ def test_every_model_and_schedule_has_a_step(device: str, tmp_path: Path) -> Non
     assert [each.skipped for each in steps if each.name.startswith("flexgen-0.1.8")] == [
         "no environment with FlexGen 0.1.8 is named: --peer-python"
     ] * 2
+    (ablation,) = (each.command for each in steps if each.name == "opt-30b-no-host-attention")
+    assert ablation[ablation.index("--host-attention") + 1] == ("on" if device == "cpu" else "off")
     other = Setting(out=tmp_path, device=device, tiny=False, peer_python=sys.executable).steps()
     assert all("cannot import flexgen.flex_opt: ModuleNotFoundError" in each.skipped for each in other if each.name[:8] == "flexgen-")
 

@@ -84,8 +84,8 @@ class Setting:
         yield Step(name="profile", what="rates of the machine", command=(*profile, *(("--quick",) if self.tiny else ())), seconds=60)
         yield self._steady("opt-30b", "16GiB", 90)
         yield from self._peers()
-        # Overlap cannot be turned off.
-        yield self._steady("opt-30b", "16GiB", 90, "no-host-attention", "--kv", "host=1" if self.device == "cpu" else "device=1")
+        # Overlap cannot be turned off; nor can attention on the host where nothing else computes.
+        yield self._steady("opt-30b", "16GiB", 90, "no-host-attention", "--host-attention", "on" if self.device == "cpu" else "off")
         for schedule in WHOLE_CYCLES:
             yield self._steady("opt-30b", "16GiB", 150, schedule, "--schedule", schedule)
         yield self._steady("gpt-oss-120b", "24GiB", 90)

@@ -1,4 +1,7 @@
-"""How often the host waits for the device while next tokens are computed there: once per micro-batch, for their results."""
+"""How often the thread that computes waits for the device while next tokens are attended to there: once per micro-batch, for their results.
+
+So it is wherever their KV lives, if the pages come to the device.
+"""
 
 from __future__ import annotations
 
@@ -23,15 +26,19 @@ PROMPTS = (5, 9, 3, 23, 17, 8, 2)
 DEVICE_BYTES = 32_000_000
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=[(family, home) for family in FAMILIES for home in ("device", "host")], ids="-".join)
 def engine(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Engine, CountingDevice]]:
-    config = tiny_config(request.param, **FAMILIES[request.param])
+    family, home = request.param
+    config = tiny_config(family, **FAMILIES[family])
     save(build(config), tmp_path)
     chosen = policy(
-        "sim", weights=Fractions(device=0.5, host=0.5), kv=Fractions(device=1.0), ring_bytes=1_000_000, micro_batch_tokens=3
+        "sim", weights=Fractions(device=0.5, host=0.5), kv=Fractions(**{home: 1.0}), ring_bytes=1_000_000, micro_batch_tokens=3
     )  # fmt: skip
+    chosen = replace(chosen, max_num_seqs=7, copies_in_bytes=1 << 20, copies_out_bytes=1 << 20)
+    if home == "host":
+        chosen = replace(chosen, host_attention=False, kv_ring_bytes=1 << 18)
     device = CountingDevice(DEVICE_BYTES)
-    with Engine(describe(tmp_path, config), replace(chosen, max_num_seqs=7), backend=device, poison=True) as engine:
+    with Engine(describe(tmp_path, config), chosen, backend=device, poison=True) as engine:
         yield engine, device
 
 
@@ -50,10 +57,10 @@ def test_decode_passes_wait_once_per_micro_batch(engine: tuple[Engine, CountingD
     run = Engine._run
 
     def counting(self: Engine, plan: PassPlan) -> list[TokenResult]:
-        before = device.synchronisations + device.num_waits
+        before = device.synchronisations + device.num_main_waits
         results = run(self, plan)
         if all(each.is_decode for batch in plan.micro_batches for each in batch.slices):
-            waits.append((device.synchronisations + device.num_waits - before, len(plan.micro_batches)))
+            waits.append((device.synchronisations + device.num_main_waits - before, len(plan.micro_batches)))
         return results
 
     monkeypatch.setattr(Engine, "_run", counting)

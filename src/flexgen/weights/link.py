@@ -16,11 +16,11 @@ import torch
 
 from flexgen.base.parallel import Parallel, serially
 from flexgen.base.recorder import WEIGHTS_TO_DEVICE, Recorder
+from flexgen.base.ring import ByteRing, Slot
 from flexgen.devices.base import POISON, Device, Event
 from flexgen.errors import EngineError
 from flexgen.io.direct_io import FileSet
 from flexgen.io.pool import Contents, IOPool, Ticket
-from flexgen.weights.ring import ByteRing, Slot
 from flexgen.weights.unit import UnitForm, UnitLayout
 
 T = TypeVar("T")

@@ -136,6 +136,7 @@ class Search:
             raise CapacityError(shortage(self.space))
         outcome = self.player.outcome(policy)
         steady = self._steady_states(policy.micro_batch_tokens, self._pass_seconds(bounds))
+        kind = policy.host_attention, policy.kv_disk_bytes > 0
         return Solution(
             policy=policy,
             seconds=outcome.seconds,
@@ -143,7 +144,7 @@ class Search:
             request_seconds=outcome.request_seconds,
             objective=self.player.score(point, bounds)[-1],
             point=point,
-            worth=next((each.worth for each, spills in steady if spills == (policy.kv_disk_bytes > 0)), dict[str, float]()),
+            worth=next((each.worth for each, spills in steady if (each.host_attention, spills) == kind), dict[str, float]()),
             num_played=self.player.num_played,
         )
 
