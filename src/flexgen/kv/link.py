@@ -97,8 +97,8 @@ class KVLink:
         here, there = (pages.in_memory(group, ring[slot.offset : slot.offset + slot.size]) for ring in (self._on_host, self._on_device))
         event: Event | None = None
         for index, through, memory in zip(with_tail(self._pool.groups, group), here, there, strict=True):
-            for source, *planes in zip(self._pool.memory[index].planes, through.planes, memory.planes, strict=True):
-                event = self._copy(source[place], pages.ids[index], planes[0][0], planes[1][0]) or event
+            for source, pinned, destination in zip(self._pool.memory[index].planes, through.planes, memory.planes, strict=True):
+                event = self._copy(source[place], pages.ids[index], pinned[0], destination[0]) or event
         assert event is not None, "a next token sees its own page"
         if self._recorder is not None:
             self._recorder.slice(KV_TO_DEVICE, f"KV of layer {layer}", start, bytes=slot.size)

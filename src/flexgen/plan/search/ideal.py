@@ -155,8 +155,8 @@ class _Program:
         shared = [np.maximum(seen - least, 0) for seen, least in zip(load.attended_tokens, own.attended_tokens, strict=True)]
         brought = dataclasses.replace(load.at(home), repeated_tokens={home: shared} if home != "device" else {})
         places = [dataclasses.replace(self._policy, host_attention=each) for each in (True, False)]
-        found = [self._seconds(price(brought, self._spec, each, PassWork()), len(self._outputs)) for each in places]
-        return np.minimum(*found)
+        on_host, on_device = (self._seconds(price(brought, self._spec, each, PassWork()), len(self._outputs)) for each in places)
+        return np.minimum(on_host, on_device)
 
     def _seconds(self, work: PassWork, number: int) -> Floats:
         """Return the ideal seconds of so many passes, by resource and pass."""
