@@ -104,6 +104,8 @@ def test_every_model_and_schedule_has_a_step(device: str, tmp_path: Path) -> Non
     assert list(MODELS) == list(TINY)
     assert set(MODELS) <= set(names)
     assert {f"opt-30b-{each}" for each in ("no-overlap", "no-host-attention", "zigzag", "row")} <= set(names)
+    (ablation,) = (each.command for each in steps if each.name == "opt-30b-no-host-attention")
+    assert ablation[ablation.index("--host-attention") + 1] == ("on" if device == "cpu" else "off")
     assert all(each.skipped for each in steps if not each.name.startswith((*MODELS, "facts", "links", "profile")))
 
 

@@ -21,6 +21,8 @@ from flexgen.engine.engine import Engine
 from flexgen.engine.sampler import sample
 from flexgen.engine.sampling import Sampler
 from flexgen.errors import StorageError
+from flexgen.kv.host import HostView
+from flexgen.kv.link import KVLink
 from flexgen.kv.pages import PagePool
 from flexgen.kv.read_ahead import ReadAhead
 from flexgen.models.assemble import assemble_model
@@ -177,7 +179,7 @@ class Run:
             kept = [layout for layout, home in zip(model.layouts, homes, strict=True) if home == "device"]
             kept += [model.residents, *(table.layout for table in model.tables if chosen.embedding_resident)]
             resident = sum(layout.decoded_bytes for layout in kept)
-            granted = chosen.kv_device_bytes + chosen.device_ring_bytes + chosen.copies_in_bytes
+            granted = chosen.kv_device_bytes + chosen.device_ring_bytes + chosen.copies_in_bytes + chosen.kv_ring_bytes
             assert self.backend.used_bytes <= resident + granted + 1024
 
 
@@ -209,11 +211,14 @@ class Case:
     max_num_seqs: int
     micro_batch_tokens: int
     embedding_resident: bool = False
+    host_attention: bool = True
 
     def __str__(self) -> str:
         weights = ",".join(f"{tier}={share}" for tier, share in self.weights.items())
         kv = ",".join(f"{tier}={tokens}" for tier, tokens in self.kv.items())
-        return f"{self.device} {self.schedule} weights {weights} kv {kv} block {self.max_num_seqs} micro-batch {self.micro_batch_tokens}"
+        where = "" if self.host_attention else " attended to on the device"
+        size = f"block {self.max_num_seqs} micro-batch {self.micro_batch_tokens}"
+        return f"{self.device} {self.schedule} weights {weights} kv {kv}{where} {size}"
 
     def policy(self, checkpoint: Checkpoint) -> Policy:
         total = sum(self.kv.values())
@@ -223,6 +228,7 @@ class Case:
             kv_staging_bytes=checkpoint.pool_bytes(256) // 2 if "disk" in self.kv else 0,
             kv_tail_bytes=checkpoint.pool_bytes(3 * PAGE_TOKENS) if "disk" in self.kv else 0, schedule=self.schedule,
             max_num_seqs=self.max_num_seqs, micro_batch_tokens=self.micro_batch_tokens, embedding_resident=self.embedding_resident,
+            host_attention=self.host_attention, kv_ring_bytes=0 if self.host_attention else checkpoint.pool_bytes(ROOM) // 4,
         )  # fmt: skip
 
 
@@ -234,6 +240,7 @@ ALWAYS = [
     Case("cpu", {"disk": 1.0}, {"host": ROOM}, "row", 16, 64),
     Case("sim", {"host": 0.6, "disk": 0.4}, {"device": ROOM, "host": ROOM, "disk": ROOM}, "zigzag", 16, 32),
     Case("sim", {"host": 0.5, "disk": 0.5}, {"device": TIGHT, "host": TIGHT, "disk": TIGHT}, "diagonal", 16, 64),
+    Case("sim", {"host": 0.5, "disk": 0.5}, {"host": ROOM}, "diagonal", 16, 64, host_attention=False),
 ]
 CASES = [
     *ALWAYS,
@@ -256,6 +263,10 @@ CASES = [
     Case("cpu", {"host": 1.0}, {"host": ROOM}, "diagonal", 1, 64),
     Case("cpu", {"host": 1.0}, {"host": ROOM}, "diagonal", 16, 1),
     Case("sim", {"device": 1.0}, {"host": ROOM}, "diagonal", 16, 16),
+    # attention on the device to KV on the host
+    Case("sim", {"device": 0.5, "disk": 0.5}, {"device": 640, "host": ROOM, "disk": ROOM}, "diagonal", 16, 17, host_attention=False),
+    Case("sim", {"host": 1.0}, {"host": TIGHT}, "zigzag", 16, 5, host_attention=False),
+    Case("sim", {"disk": 1.0}, {"host": ROOM}, "row", 16, 128, host_attention=False),
 ]
 
 
@@ -266,6 +277,33 @@ def test_answers_are_those_of_transformers(checkpoint: Checkpoint, case: Case, t
         assert run.answers() == checkpoint.answers
         assert run.engine.log.counts.preemptions == 0, "forecasts were right"
         assert not any(tmp_path.iterdir()), "spill files are unlinked"
+
+
+@pytest.mark.matrix(1)
+def test_pages_of_next_tokens_come_to_the_device(checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of every layer and micro-batch, but where a pass also computes what they see; the host attends to those alone."""
+    lent: list[int] = []
+    attended: list[int] = []
+    really, on_host = KVLink.lend, HostView._attend_steps
+
+    def lend(link: KVLink, pages: Any, layer: int) -> Any:
+        lent.append(layer)
+        return really(link, pages, layer)
+
+    def attend_steps(view: HostView, call: Any, group: int) -> Any:
+        attended.append(call.layer)
+        return on_host(view, call, group)
+
+    monkeypatch.setattr(KVLink, "lend", lend)
+    monkeypatch.setattr(HostView, "_attend_steps", attend_steps)
+    case = Case("sim", {"host": 1.0}, {"host": ROOM}, "diagonal", 16, 64, host_attention=False)
+    with Run(checkpoint, case.policy(checkpoint), tmp_path, device_bytes=64 << 20) as run:
+        assert run.answers() == checkpoint.answers
+        num_passes = run.engine.log.passes.num_passes
+    layers = checkpoint.config.num_hidden_layers
+    assert set(lent) == set(range(layers))
+    assert len(lent) >= (num_passes - 2) * layers
+    assert len(attended) < len(lent) / 4
 
 
 @pytest.mark.matrix(1)
@@ -290,6 +328,7 @@ def test_a_second_run_of_the_same_engine(checkpoint: Checkpoint, tmp_path: Path)
         ("sim", "disk", "diagonal"),
         ("sim", "host", "zigzag"),
         ("cpu", "host", "row"),
+        ("sim", "host, attended to on the device", "diagonal"),
     ],
 )
 def test_wrong_forecasts_are_repaired(
@@ -297,7 +336,8 @@ def test_wrong_forecasts_are_repaired(
 ) -> None:
     """Answers that last longer than expected run the pools dry: sequences are preempted and computed again."""
     monkeypatch.setattr(LengthForecast, "expect", lambda self, max_tokens: 1)
-    case = Case(device, {"host": 0.7, "disk": 0.3}, {tier: 12 * PAGE_TOKENS}, schedule, 16, 256)
+    home, _, elsewhere = tier.partition(",")
+    case = Case(device, {"host": 0.7, "disk": 0.3}, {home: 12 * PAGE_TOKENS}, schedule, 16, 256, host_attention=not elsewhere)
     with Run(checkpoint, case.policy(checkpoint), tmp_path, device_bytes=64 << 20) as run:
         results = run.results(checkpoint.crowd)
         assert {index: result.token_ids for index, result in results.items()} == checkpoint.crowd_answers

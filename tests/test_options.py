@@ -160,6 +160,7 @@ def test_values_that_are_none_are_refused_before_anything_is_loaded(given: dict[
             "kv='device=.5,host=.5': on a CPU device there is no device tier; divide between host and disk",
         ),
         ({"host_mem": 0}, "leaves no memory"),
+        ({"host_attention": "off", "device": "cpu"}, "host_attention='off': beside a CPU device there is none to attend on"),
     ],
 )
 def test_placements_and_budgets_are_looked_at_before_anything_is_read(given: dict[str, Any], said: str) -> None:
@@ -171,3 +172,6 @@ def test_placements_and_budgets_are_looked_at_before_anything_is_read(given: dic
 def test_a_tier_that_another_device_may_have() -> None:
     assert EngineOptions(weights="device=1", device="sim").weights == EngineOptions(weights="device=1").weights == "device=1"
     EngineOptions(weights="device=0,host=1", device="cpu")
+    EngineOptions(host_attention="on", device="cpu")
+    with pytest.raises(OptionError, match="host_attention='off'"):
+        EngineOptions(host_attention="off").check_placement("cpu")

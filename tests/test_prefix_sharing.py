@@ -117,6 +117,8 @@ CASES = [
     Case("sim", {"host": 1.0}, {"host": ROOM}, "zigzag", 16, 4096),
     Case("cpu", {"host": 1.0}, {"host": ROOM}, "diagonal", 16, 1),
     Case("sim", {"host": 1.0}, {"host": ROOM}, "diagonal", 3, 5),
+    Case("sim", {"host": 1.0}, {"host": ROOM}, "diagonal", 16, 64, host_attention=False),
+    Case("sim", {"host": 0.5, "disk": 0.5}, {"host": ROOM}, "zigzag", 16, 33, host_attention=False),
 ]
 
 

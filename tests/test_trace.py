@@ -17,7 +17,17 @@ from traces import Trace, read_trace
 from transformers import AutoConfig
 
 from flexgen import LLM, OptionError, SamplingParams
-from flexgen.base.recorder import COMPUTE, DEVICE_TO_HOST, HOST_TO_DEVICE, IO, PASSES, URGENT_TO_DEVICE, WEIGHTS_TO_DEVICE, Recorder
+from flexgen.base.recorder import (
+    COMPUTE,
+    DEVICE_TO_HOST,
+    HOST_TO_DEVICE,
+    IO,
+    KV_TO_DEVICE,
+    PASSES,
+    URGENT_TO_DEVICE,
+    WEIGHTS_TO_DEVICE,
+    Recorder,
+)
 from flexgen.devices.sim import SimulatedDevice
 from flexgen.engine.engine import Engine
 from flexgen.models.assemble import assemble_model
@@ -144,6 +154,24 @@ def test_bytes_are_those_of_the_report(traced: Traced, policy: Policy) -> None:
         assert bulk > urgent > 0
         assert trace.bytes_of(DEVICE_TO_HOST) == moved["device_to_host"] > 0
         assert len(trace.named(WEIGHTS_TO_DEVICE, "unit")) >= traced.num_passes
+
+
+def test_pages_that_come_to_the_device_have_a_track(novels_qwen3: Path, tmp_path: Path) -> None:
+    policy = replace(BASE, device="sim", device_ring_bytes=4 << 20, host_attention=False, kv_ring_bytes=1 << 20)
+    recorder = Recorder(tmp_path / "trace.json")
+    with engine_of(novels_qwen3, policy, tmp_path, recorder) as engine:
+        list(engine.generate(requests()))
+    recorder.close()
+    trace = read_trace(tmp_path / "trace.json")
+    brought = trace.named(KV_TO_DEVICE, "KV of layer")
+    assert brought
+    assert {each["name"] for each in trace.named("host attention", "KV of next tokens")} == {
+        each["name"].replace("KV", "KV of next tokens") for each in brought
+    }
+    assert any(trace.counters["ring of kv-link"])
+    copied = trace.bytes_of(HOST_TO_DEVICE) + trace.bytes_of(URGENT_TO_DEVICE)
+    assert copied == engine.runner.bytes_moved()["host_to_device"]
+    assert trace.bytes_of(KV_TO_DEVICE) <= copied * 1.1, "parts of a layer are padded"
 
 
 def test_waits_are_red_and_as_long_as_the_report_says(traced: Traced) -> None:

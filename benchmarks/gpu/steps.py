@@ -60,7 +60,8 @@ class Setting:
         yield smaller
         for name in rest:
             yield self._steady(name)
-        yield self._steady(PEERS_MODEL, "no-host-attention", "--kv", "host=1" if self.device == "cpu" else "device=1")
+        attends = "on" if self.device == "cpu" else "off"  # where nothing else computes, there is no choice
+        yield self._steady(PEERS_MODEL, "no-host-attention", "--host-attention", attends)
         for schedule in WHOLE_CYCLES:
             yield self._steady(PEERS_MODEL, schedule, "--schedule", schedule)
         yield from others

@@ -42,6 +42,7 @@ ALLOWABLE_FORMATS = {
     "int8": ("weight_format", "int8"), "int4": ("weight_format", "int4"),
     "kv-int8": ("kv_format", "int8"), "k8v4": ("kv_format", "k8v4"), "kv-int4": ("kv_format", "int4"),
 }  # fmt: skip
+HOST_ATTENTIONS = ("auto", "on", "off")
 SCHEDULES = ("auto", "diagonal", "zigzag", "row")
 TIERS = ("device", "host", "disk")
 # The homes of weights, and the tier of each; what is "encoded" is in host memory as stored, and decoded in every pass.
@@ -63,6 +64,8 @@ class EngineOptions:
         weights: Explicit placement of weights, such as "host=.3,disk=.7"; "encoded" is host memory that holds them as stored, to be decoded
             in every pass.  None lets the planner choose.
         kv: Explicit placement of the KV cache over the tiers, in the same form; None lets the planner choose.
+        host_attention: Where next tokens attend to KV in host memory beside a device: "on" the host, or "off" it, on the device, to which
+            the link then brings the pages that they see (docs/cuda.md); "auto" lets the planner choose.
         cpu_compute: How linear layers of decoder layers are computed on a CPU: "auto" (in the dtype), or "int8" (weights and inputs rounded
             to 8 bits, docs/cpu-compute.md).  Answers depend on it.
         kv_format: Format of the KV cache's complete pages: "auto" (the dtype of computing), "int8", "k8v4" (keys 8 bits, values 4) or
@@ -103,6 +106,7 @@ class EngineOptions:
     offload_dir: str | None = None
     weights: str | None = None
     kv: str | None = None
+    host_attention: str = "auto"
     cpu_compute: str = "auto"
     kv_format: str = "auto"
     sparse_attention: float | None = None
@@ -170,7 +174,7 @@ class EngineOptions:
         return replace(self, weight_format=weight_format, kv_format=kv_format, allow_formats=None)
 
     def check_placement(self, device: str) -> None:
-        """Check that the placements name no tier that a device does not have, and that products are computed as it can.
+        """Check that the placements name no tier that a device does not have, and that products and attention are computed as it can.
 
         Args:
             device: The device; "auto" where it is not known yet.
@@ -180,6 +184,8 @@ class EngineOptions:
         """
         if self.cpu_compute != "auto" and device not in ("auto", "cpu"):
             raise OptionError(f"cpu_compute={self.cpu_compute!r}: products run on {device}; give device='cpu', or leave cpu_compute out")
+        if self.host_attention == "off" and device == "cpu":
+            raise OptionError("host_attention='off': beside a CPU device there is none to attend on; leave host_attention out")
         for name, shares, homes in (("weights", self.weights, tuple(WEIGHT_HOMES)), ("kv", self.kv, TIERS)):
             if device == "cpu" and shares is not None and parse_placement(shares, name=name, homes=homes)["device"]:
                 *others, last = (home for home in homes if home != "device")
@@ -234,6 +240,7 @@ _CHECKS: Mapping[str, Callable[[str, object], Any]] = {
     "offload_dir": path_or_none,
     "weights": partial(_placement, homes=tuple(WEIGHT_HOMES)),
     "kv": partial(_placement, homes=TIERS),
+    "host_attention": partial(one_of, known=HOST_ATTENTIONS),
     "cpu_compute": partial(one_of, known=CPU_COMPUTES),
     "kv_format": partial(one_of, known=KV_FORMATS),
     "sparse_attention": share_or_none,
@@ -270,6 +277,7 @@ class OptionKeywords(TypedDict, total=False):
     offload_dir: str | None
     weights: str | None
     kv: str | None
+    host_attention: str
     cpu_compute: str
     kv_format: str
     sparse_attention: float | None

@@ -70,6 +70,18 @@ def test_a_plan_for_kv_in_fewer_bits() -> None:
     assert "--kv-format 'int3' is unknown; known: auto, int8, k8v4, int4" in refused.stderr
 
 
+def test_who_attends_to_kv_on_the_host_is_said_and_may_be_pinned() -> None:
+    job = ("plan", "llama-3-8b", "--machine", "rtx4090-64gb", "--num-requests", 100, *QUICK)
+    for value, where in (("on", "host"), ("off", "device")):
+        done = flexgen(*job, "--host-attention", value)
+        assert f"pages of 16 tokens; attention to host KV on the {where}\n" in done.stdout
+        policy = json.loads(flexgen(*job, "--host-attention", value, "--json").stdout)["policy"]
+        assert (policy["host_attention"], policy["kv_ring_bytes"] > 0) == (value == "on", value == "off")
+    on_device = flexgen("plan", "llama-3-8b", "--machine", "rtx4090-64gb", "--num-requests", 10, "--kv", "device=1")
+    assert on_device.exit_code == 0
+    assert "attention to host KV" not in on_device.stdout
+
+
 def test_shorter_requests_and_what_they_cost() -> None:
     job = ("plan", "opt-30b", "--machine", "t4-gcp", "--num-requests", 200, "--weights", "host=1", *QUICK)
     told = flexgen(*job, "--pareto").stdout.splitlines()

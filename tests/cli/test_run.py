@@ -91,7 +91,7 @@ def test_every_option_reaches_the_engine(
     monkeypatch.setattr("flexgen.session.session.open_engine", open_engine)
     wanted: dict[str, Any] = {
         "device": "sim", "dtype": "float32", "device_mem": "1GiB", "host_mem": "50%", "disk": "3GB", "offload_dir": str(tmp_path),
-        "weights": "host=1", "kv": "host=.5,disk=.5", "kv_format": "k8v4", "sparse_attention": 0.25,
+        "weights": "host=1", "kv": "host=.5,disk=.5", "host_attention": "off", "kv_format": "k8v4", "sparse_attention": 0.25,
         "max_num_seqs": 3, "micro_batch_tokens": 5, "prefill_tokens": 7,
         "schedule": "diagonal", "prefix_sharing": False, "load_format": "dummy", "max_model_len": 33, "seed": 9, "max_logprobs": 7,
         "verify_reads": True, "max_request_seconds": 1.5, "max_job_seconds": 2.5, "trace": str(tmp_path / "trace.json"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,11 +13,11 @@ from flexgen.devices.sim import SimulatedDevice
 
 
 class CountingDevice(SimulatedDevice):
-    """Counts copies, and how often the host waits for one that comes from the device."""
+    """Counts copies, and how often the host waits for one that comes from the device: all of its threads, and the main one."""
 
     def __init__(self, budget_bytes: int = 1 << 20) -> None:
         super().__init__(budget_bytes, max_delay_seconds=0.0001)
-        self.num_in = self.num_out = self.num_waits = 0
+        self.num_in = self.num_out = self.num_waits = self.num_main_waits = 0
 
     def copy_in(self, *args: Any, **how: Any) -> Any:
         self.num_in += 1
@@ -32,6 +33,7 @@ class CountingDevice(SimulatedDevice):
 
     def finish(self, event: Any) -> None:
         self.num_waits += event.stream is self._out
+        self.num_main_waits += event.stream is self._out and threading.current_thread() is threading.main_thread()
         super().finish(event)
 
 

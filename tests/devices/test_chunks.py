@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 
@@ -68,6 +70,26 @@ def test_small_copies_are_counted_by_their_bytes() -> None:
     assert not any(each.ended for each in stream.started)
     chunks.copy(torch.empty_like(source), source)
     assert [each.ended for each in stream.started] == [True] + [False] * 30
+
+
+def test_copies_of_two_threads_share_the_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small one does not wait for all of a large one, and few chunks are outstanding all the same."""
+    stream, large, small = Stream(), torch.zeros(1000, dtype=torch.uint8), torch.ones(100, dtype=torch.uint8)
+    chunks = Chunks(stream.start, chunk_bytes=100, outstanding_bytes=300)
+    other = threading.Thread(target=lambda: chunks.copy(torch.empty_like(small), small), daemon=True)
+    really = Chunks._submit
+
+    def submit(self: Chunks[Started], destination: torch.Tensor, source: torch.Tensor) -> Started:
+        if len(stream.started) == 5 and threading.current_thread() is not other:
+            other.start()
+            other.join(20)
+            assert not other.is_alive()
+        return really(self, destination, source)
+
+    monkeypatch.setattr(Chunks, "_submit", submit)
+    chunks.copy(torch.empty_like(large), large)
+    assert [int(each.source[0]) for each in stream.started] == [0] * 5 + [1] + [0] * 5
+    assert stream.most_bytes <= 300
 
 
 def test_a_copy_that_fails_half_way_does_not_keep_others_from_going_on() -> None:

@@ -148,6 +148,14 @@ def test_a_preempted_sequence_is_a_prompt() -> None:
     assert packed([sequence(0, 3, generated=4)], 8, mix=False) == [[(0, 0, 7, True)]]
 
 
+def test_next_tokens_that_see_much_share_a_micro_batch_with_few() -> None:
+    """A quarter of a micro-batch for each position: five fit by their number, but not by what they see; one of them alone always."""
+    steps = [sequence(index, stored, stored=stored, generated=1) for index, stored in enumerate((1, 2, 1, 1, 1, 1, 7, 1))]
+    batches = pack(steps, 5, mix=False, share=lambda position: position / 4)
+    assert [[each.start for each in batch] for batch in batches] == [[1, 2, 1], [1, 1, 1], [7], [1]]
+    assert [len(batch) for batch in pack(steps, 5, mix=False)] == [5, 3]
+
+
 @given(st.lists(st.one_of(st.just("step"), st.integers(1, 50)), max_size=15), st.integers(1, 20), st.booleans(), st.booleans())
 def test_pack_keeps_its_promises(kinds: list[str | int], micro_batch_tokens: int, mix: bool, chunk: bool) -> None:
     """Every new token exactly once, never padded; chunks in consecutive micro-batches; the limit held; kinds apart unless mixed."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from flexgen.kv.disk import DiskPlace
 from flexgen.kv.flow import KVFlow
 from flexgen.kv.format import PlainKV
 from flexgen.kv.host import HostPlace
+from flexgen.kv.linked import LinkedPlace
 from flexgen.kv.local import LocalPlace
 from flexgen.kv.open import KVSetup, open_places
 from flexgen.kv.pages import group_layers
@@ -55,6 +57,22 @@ def test_places_beside_a_device(io: IOPool, tmp_path: Path) -> None:
     assert sorted(attention_threads()) == ["flexgen-disk-attention", "flexgen-host-attention"]
     for place in places.values():
         place.close()
+    device.close()
+    assert not attention_threads()
+
+
+def test_pages_on_the_host_come_to_the_device_if_the_policy_says_so(io: IOPool) -> None:
+    device = SimulatedDevice(2_000_000)
+    opened = setup(io, Fractions(host=1.0), None, device)
+    with pytest.raises(EngineError, match="needs a ring"):
+        open_places(replace(opened, policy=replace(opened.policy, host_attention=False)))
+    with pytest.raises(CapacityError):
+        open_places(replace(opened, policy=replace(opened.policy, host_attention=False, kv_ring_bytes=3_000_000)))
+    assert not attention_threads()
+    places, _ = open_places(replace(opened, policy=replace(opened.policy, host_attention=False, kv_ring_bytes=1 << 16)))
+    assert {tier: type(place) for tier, place in places.items()} == {"host": LinkedPlace}
+    assert device.used_bytes == device.host.size_bytes == 1 << 16
+    places["host"].close()
     device.close()
     assert not attention_threads()
 

@@ -31,6 +31,8 @@ from flexgen.kv.disk import DiskPlace
 from flexgen.kv.flow import KVFlow
 from flexgen.kv.format import PlainKV
 from flexgen.kv.host import HostAttention, HostPlace
+from flexgen.kv.link import KVLink
+from flexgen.kv.linked import LinkedPlace
 from flexgen.kv.local import LocalPlace
 from flexgen.kv.pages import KVGroup, PagePool, group_layers, layer_index
 from flexgen.kv.place import Answer, DeferredAttention, Pending, View
@@ -298,6 +300,15 @@ def open_host(folder: Path, groups: Groups = GROUPS, *, overlap: bool = True) ->
     return Bench(place, KVCache(groups, {"host": pool}), "host", [device.close], copies=PackedCopies(Staging(device)))
 
 
+def open_linked(folder: Path, groups: Groups = GROUPS, *, ring_bytes: int = 1 << 16) -> Bench:
+    device = SimulatedDevice(1 << 21, max_delay_seconds=0.0001)
+    pool = PagePool(groups, [NUM_PAGES] * len(groups), poisoned)
+    link, flow = KVLink(pool, device, ring_bytes, nothing), KVFlow.of(has_device=True)
+    attention = HostAttention(groups, AttentionKernels(), GatheredKernels(), Staging(device), flow, nothing, "flexgen-test-attention")
+    place = LinkedPlace(pool, attention, link, ring_bytes)
+    return Bench(place, KVCache(groups, {"host": pool}), "host", [device.close], copies=PackedCopies(Staging(device)))
+
+
 def open_disk(
     folder: Path, groups: Groups = GROUPS, *, device: SimulatedDevice | None = None, num_tails: int = 0, overlap: bool = True
 ) -> Bench:
@@ -328,6 +339,7 @@ PLACES = {
     "local in pages of other heads": open_local_of_other_heads,
     "gathered on a device": open_gathered,
     "host": open_host,
+    "host, attended to on the device": open_linked,
     "disk": open_disk,
     "disk with tails": open_disk_with_tails,
     "disk with few tails": open_disk_with_few_tails,

@@ -47,6 +47,7 @@ POLICIES = {
     "disk without tails in memory": placed("cpu", kv={"disk": 1.0}, kv_tail_bytes=0),
     "device": placed("sim", 7, kv={"device": 1.0}),
     "host beside a device": placed("sim", 7, kv={"host": 1.0}),
+    "host, attended to on the device": placed("sim", 7, kv={"host": 1.0}, host_attention=False, kv_ring_bytes=1 << 18),
     "everywhere": placed("sim", kv={"device": 0.3, "host": 0.3, "disk": 0.4}),
 }
 
@@ -137,7 +138,7 @@ def test_shared_prefixes_do_not_change_answers(case: Case, folder: tuple[str, Pa
     for each in case.requests:
         census.add(each.prompt_token_ids)
     model = assembled(*folder, "int4")
-    for chosen in (POLICIES["small chunks"], POLICIES["everywhere"]):
+    for chosen in (POLICIES["small chunks"], POLICIES["everywhere"], POLICIES["host, attended to on the device"]):
         assert_same(answered(model, chosen, case.requests, folder[1], census.common()), case.answers)
         model = assembled(*folder, "int4")
 

@@ -7,6 +7,7 @@ chunked and late.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
@@ -177,6 +178,19 @@ def test_places_do_not_change_answers(
     device, weights, kv = PLACES[place]
     model = describe(folder, tiny_config(model_type))
     chosen = policy(device, weights=weights, kv=kv, ring_bytes=ring_bytes(model))
+    assert_equal(answered(model, chosen, requests_for(128), monkeypatch, tmp_path), wanted)
+
+
+@pytest.mark.matrix(3, always=["gpt_oss", "deepseek_v3", "gemma3n_text"])
+@pytest.mark.parametrize("model_type", REPRESENTATIVES)
+def test_attention_on_the_device_to_kv_on_the_host_does_not_change_answers(
+    model_type: str, representative: Callable[[str], tuple[Path, Expected]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, wanted = representative(model_type)
+    model = describe(folder, tiny_config(model_type))
+    _, weights, kv = PLACES["sim-host"]
+    chosen = policy("sim", weights=weights, kv=kv, ring_bytes=ring_bytes(model), micro_batch_tokens=3)
+    chosen = dataclasses.replace(chosen, host_attention=False, kv_ring_bytes=1 << 17)
     assert_equal(answered(model, chosen, requests_for(128), monkeypatch, tmp_path), wanted)
 
 

@@ -52,6 +52,9 @@ def test_what_several_next_tokens_read() -> None:
     assert load.repeated_tokens["disk"][0] == 3 * PAGE_TOKENS, "within a micro-batch; the next one reads all of its own"
     assert load.repeated_tokens["disk"][3] == 0
     assert load.attended_tokens["disk"][0] == 10 + 10 + 7 + 10
+    moved = PassPlan(micro_batches=tuple(replace(each, home="host") for each in plan.micro_batches))
+    assert pass_load(moved, ("host", "disk"), GROUPS).repeated_tokens == {"disk": [0] * len(GROUPS)}
+    assert pass_load(moved, ("host", "disk"), GROUPS, brought=("disk", "host")).repeated_tokens["host"] == load.repeated_tokens["disk"]
 
 
 def test_what_is_computed_where() -> None:

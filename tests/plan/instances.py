@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from machines import machine_of, steady
 
@@ -43,7 +43,7 @@ def instance_of(seed: int, device: str | None = None) -> Instance:
     spec = _spec(draw)
     workload = _workload(draw)
     return Instance(
-        options=_options(draw, device),
+        options=_with_attention(_options(draw, device), seed, device),
         spec=spec,
         machine=_machine(draw, device),
         limits=_limits(draw, device, spec, workload),
@@ -166,3 +166,9 @@ def _options(draw: random.Random, device: str) -> EngineOptions:
         "schedule": ["diagonal", "zigzag"],
     }
     return EngineOptions(dtype="bfloat16", **{name: draw.choice(values) for name, values in pins.items() if draw.random() < 0.15})
+
+
+def _with_attention(options: EngineOptions, seed: int, device: str) -> EngineOptions:
+    """The options, which now and then say where next tokens attend to KV in host memory."""
+    pins = ("auto",) * 4 + (("on", "off") if device != "cpu" else ())
+    return replace(options, host_attention=random.Random(f"{seed} attention").choice(pins))

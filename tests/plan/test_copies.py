@@ -1,9 +1,21 @@
 """The memory of copies between host and device: what a pass can have on its way at once."""
 
+import dataclasses
+
 import pytest
 
-from flexgen.plan.policy import PROMPTS_ON_THE_WAY, Fractions
-from flexgen.plan.price.copies import ID_BYTES, INDEX_TENSORS, copies_bytes
+from flexgen.base.quantities import GIB, MIB
+from flexgen.plan.model import KVGroupSpec
+from flexgen.plan.policy import KV_BATCH_BYTES, KV_RING_BATCHES, PROMPTS_ON_THE_WAY, STEPS_ON_THE_WAY, Fractions
+from flexgen.plan.price.copies import (
+    ID_BYTES,
+    INDEX_TENSORS,
+    KV_RING_SHARE,
+    RING_PADDING_BYTES,
+    copies_bytes,
+    longest_layer_bytes,
+    with_ring,
+)
 from flexgen.plan.price.memory import FRAGMENTATION
 from flexgen.plan.price.requests import JobSizes
 from flexgen.plan.workload import Workload
@@ -69,6 +81,42 @@ def test_scores_come_back(llama_3b, make_policy):
         job = Workload(prompt_lens=(200,) * number, output_lens=(0,) * number, scored_lens=(199,) * number, num_likeliest=5)
         _, out = copies_bytes(llama_3b, JobSizes(llama_3b, job, 16), on_device)
         assert out == pytest.approx(FRAGMENTATION * alive * 199 * 8 * (1 + 2 * 5), abs=4096)
+
+
+def test_new_keys_and_values_of_a_few_micro_batches_are_on_their_way_where_the_device_attends(llama_3b, sizes, policy):
+    on_host, on_device = (copies_bytes(llama_3b, sizes, dataclasses.replace(policy, host_attention=each)) for each in (True, False))
+    assert on_device[0] == on_host[0]
+    assert on_device[1] - on_host[1] == pytest.approx(FRAGMENTATION * (STEPS_ON_THE_WAY - 1) * 10 * TOKEN, abs=8192)
+
+
+LONGEST = (256 // 16 + 1) * 16 * TOKEN  # the pages of the longest sequence in a layer, one of them for windows
+
+
+@pytest.mark.parametrize(
+    ("device_bytes", "batch_bytes"),
+    [(GIB, 10 * LONGEST), (100 * MIB, 100 * MIB * KV_RING_SHARE / KV_RING_BATCHES), (MIB, LONGEST), (0, LONGEST)],
+)
+def test_the_ring_holds_micro_batches_of_all_sequences_or_of_what_its_share_allows(llama_3b, sizes, policy, device_bytes, batch_bytes):
+    ring = with_ring(dataclasses.replace(policy, host_attention=False), llama_3b, sizes, device_bytes).kv_ring_bytes
+    assert ring == pytest.approx(KV_RING_BATCHES * batch_bytes + RING_PADDING_BYTES, abs=4096 + KV_RING_BATCHES)
+    many = dataclasses.replace(policy, host_attention=False, max_num_seqs=10_000, micro_batch_tokens=4096)
+    assert with_ring(many, llama_3b, sizes, 100 * GIB).kv_ring_bytes <= KV_RING_BATCHES * KV_BATCH_BYTES + 8192
+
+
+def test_there_is_no_ring_where_nothing_comes(llama_3b, sizes, policy, make_policy):
+    on_device = dataclasses.replace(policy, host_attention=False, kv=Fractions(device=1.0))
+    for each in (policy, on_device, make_policy(device="cpu", host_attention=False)):
+        assert with_ring(dataclasses.replace(each, kv_ring_bytes=5), llama_3b, sizes, GIB).kv_ring_bytes == 0
+
+
+def test_windows_and_tails_count_in_the_ring(make_spec):
+    sizes = JobSizes(make_spec(), JOB, 16)
+    groups = (
+        KVGroupSpec(num_layers=1, bytes_per_token=10, attention_flops_per_pair=4.0, exact_bytes_per_token=30),
+        KVGroupSpec(num_layers=1, bytes_per_token=40, attention_flops_per_pair=4.0, window=40),
+    )
+    assert longest_layer_bytes(make_spec(groups=groups[:1]), sizes, 16) == 16 * (17 * 10 + 30)
+    assert longest_layer_bytes(make_spec(groups=groups), sizes, 16) == max(16 * (17 * 10 + 30), 16 * 4 * 40)
 
 
 def test_more_sequences_need_more(llama_3b, sizes, policy):

@@ -9,6 +9,7 @@ import re
 
 import numpy as np
 import pytest
+from machines import steady
 from plan.instances import PROCESS_BYTES, copying_instance_of, instance_of
 
 from flexgen.base.quantities import GIB, MIB, parse_size
@@ -16,6 +17,7 @@ from flexgen.errors import CapacityError
 from flexgen.options import TIERS, WEIGHT_HOMES, EngineOptions
 from flexgen.plan.known.machines import find_machine, limits_of
 from flexgen.plan.known.models import catalogue_spec
+from flexgen.plan.model import KVGroupSpec
 from flexgen.plan.play.simulate import simulate
 from flexgen.plan.price.memory import footprint
 from flexgen.plan.price.requests import RequestLoad
@@ -48,8 +50,12 @@ def grid_of(space, numbers, sizes):
         axes = [
             [step / (number - 1) for step in range(number)] if axis in free else [fixed.get(axis, 0.0)] for axis, number in numbers.items()
         ]
-        for values, embedding in itertools.product(itertools.product(*axes), (True, False)):
-            yield Point(**dict(zip(numbers, values, strict=True)), embedding=embedding, schedule=schedule, micro_batch_tokens=tokens)
+        choices = (True, False), space.host_attentions()
+        for values, embedding, host_attention in itertools.product(itertools.product(*axes), *choices):
+            where = dict(zip(numbers, values, strict=True))
+            yield Point(
+                **where, embedding=embedding, schedule=schedule, micro_batch_tokens=tokens, host_attention=host_attention
+            )  # fmt: skip
 
 
 def best_of_grid(instance, numbers, sizes, bounds=None):
@@ -87,6 +93,34 @@ def test_never_worse_than_a_grid_beside_a_device(seed):
 def test_never_worse_than_a_fine_grid(seed):
     ratio = ratio_to_grid(instance_of(seed), FINE, 3)
     assert ratio is None or ratio <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("link", "host_rate", "on_host"), [(400e9, 10e9, False), (10e9, 100e9, True)], ids=["a fast link", "a fast processor"]
+)
+def test_next_tokens_are_attended_to_where_it_takes_less_time(make_spec, make_machine, make_limits, link, host_rate, on_host):
+    """KV lives on the host, beside a device that holds the weights; the option has its way all the same."""
+    groups = (KVGroupSpec(num_layers=8, bytes_per_token=4096, attention_flops_per_pair=4096.0),)
+    spec = make_spec(layers=8, unit_bytes=MIB, groups=groups)
+    machine = make_machine(
+        device="cuda", device_bytes=4 * GIB, host_to_device=link, device_to_host=link, host_memory=2e12,
+        dense={"bfloat16": [(16, 1e14), (1024, 1e14)]}, attention={"bfloat16": 1e14},
+        decode_attention={"host": {"bfloat16": ((1.0, steady(host_rate)),)}, "device": {"bfloat16": ((1.0, steady(1e12)),)}},
+    )  # fmt: skip
+    limits = make_limits(device="cuda", host_bytes=8 * GIB, device_bytes=4 * GIB, device_total_bytes=4 * GIB)
+    job = Workload(prompt_lens=(1024,) * 64, output_lens=(64,) * 64)
+
+    def best(**options):
+        options = EngineOptions(dtype="bfloat16", kv="host=1", max_num_seqs=64, **options)
+        return solve(space_of(options, spec, machine, limits, job, process_bytes=PROCESS_BYTES))
+
+    chosen = best()
+    assert chosen.policy.host_attention == on_host
+    assert (chosen.policy.kv_ring_bytes > 0) == (not on_host)
+    pinned = {name: best(host_attention=name) for name in ("on", "off")}
+    assert [each.policy.host_attention for each in pinned.values()] == [True, False]
+    assert chosen.objective <= TOLERANCE * min(each.objective for each in pinned.values())
+    assert max(each.seconds for each in pinned.values()) > 1.5 * chosen.seconds
 
 
 # Jobs that are searched on a sample

@@ -20,7 +20,7 @@ def random_points(space, draw, number):
             on_device=draw.random(), on_host=draw.random(), encoded=draw.choice([0.0, draw.random(), 1.0]), kv_homes=draw.random(),
             kv_disk=draw.choice([0.0, draw.random(), 1.0]),
             quota=draw.random(), cap=draw.random(), embedding=draw.random() < 0.5, schedule=draw.choice(space.schedules()),
-            micro_batch_tokens=draw.choice(space.micro_batches()),
+            micro_batch_tokens=draw.choice(space.micro_batches()), host_attention=draw.choice(space.host_attentions()),
         )  # fmt: skip
 
 

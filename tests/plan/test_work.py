@@ -73,6 +73,35 @@ def test_what_prompts_go_on_from_crosses_the_link(make_spec, make_policy, home, 
     assert dataclasses.replace(after, **{name: getattr(alone, name) for name in others}) == alone
 
 
+def test_the_price_of_host_kv_that_the_device_attends_to(make_spec, make_policy):
+    """Whole pages cross the link, half of the last one for nothing; what is new goes back; the host computes nothing."""
+    policy = make_policy(device="sim", host_attention=False, page_tokens=16)
+    work = price(load_of(), make_spec(), policy, PassWork())
+    brought = 3 * 10 * (30 + 3 * 15 / 2)
+    assert (work.host_to_device_bytes, work.device_to_host_bytes) == (brought, 13 * 30)
+    assert (work.step_flops, work.step_bytes, work.host_step_flops, work.host_step_bytes) == (3 * 4.0 * 30, 900, 0, 0)
+    assert work.host_memory_bytes == 3 * brought + 13 * 30
+    again = price(load_of(repeated_tokens={"host": [16]}), make_spec(), policy, PassWork())
+    assert work.host_to_device_bytes - again.host_to_device_bytes == 3 * 10 * 16, "a page that two sequences share"
+    assert again.step_bytes == work.step_bytes
+    on_disk = load_of(prompt_tokens={"disk": 10}, num_prompts={"disk": 2}, next_tokens={"disk": 3}, attended_tokens={"disk": [30]})
+    assert price(on_disk, make_spec(), policy, PassWork()).host_step_bytes == 900, "the host attends to what comes from disk"
+
+
+def test_the_last_pages_of_low_bit_kv_cross_as_they_are(make_spec, make_policy):
+    groups = (KVGroupSpec(num_layers=3, bytes_per_token=10, attention_flops_per_pair=4.0, exact_bytes_per_token=32),)
+    policy = make_policy(device="sim", host_attention=False, page_tokens=16)
+    work = price(load_of(), make_spec(groups=groups), policy, PassWork())
+    assert work.host_to_device_bytes == 3 * (10 * 30 + 3 * 16 * 32)
+
+
+@pytest.mark.parametrize(("ring_bytes", "number"), [(0, 1), (3 * 1000, 1), (3 * 525, 1), (3 * 524, 2), (3 * 100, 6)])
+def test_the_ring_bounds_the_next_tokens_of_a_micro_batch(make_spec, make_policy, ring_bytes, number):
+    """Pages of 525 bytes in a layer; and one micro-batch of prompts."""
+    policy = make_policy(device="sim", host_attention=False, page_tokens=16, kv_ring_bytes=ring_bytes)
+    assert price(load_of(), make_spec(), policy, PassWork()).num_micro_batches == 1 + number
+
+
 def test_gathered_rows_cross_the_link(make_spec, make_policy):
     resident, gathered = (
         price(load_of(), make_spec(), make_policy(device="sim", embedding_resident=each), PassWork()) for each in (True, False)

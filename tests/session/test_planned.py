@@ -65,6 +65,24 @@ def test_a_plan_looks_at_nothing(looked: list[Path | None], novels_opt: Path, mo
     assert looked == []
 
 
+def test_next_tokens_attend_where_the_option_says(looked: list[Path | None], novels_opt: Path) -> None:
+    """To KV on the host: the answers are the same, and the memory of both ways is in the plan."""
+    texts, moved, device_bytes = [], [], []
+    for where in ("on", "off"):
+        with LLM(
+            novels_opt, dtype="float32", device="sim", device_mem="200MiB", host_mem="2GiB", kv="host=1", host_attention=where
+        ) as llm:  # fmt: skip
+            outputs = llm.generate(["It was a dark night", "The old house stood"], SamplingParams(temperature=0, max_tokens=30))
+            report = llm.report()
+        texts.append([each.outputs[0].text for each in outputs])
+        moved.append(report.bytes_moved["host_to_device"])
+        device_bytes.append(report.peak_device_bytes)
+        assert report.peak_device_bytes <= sum(report.forecast["memory_bytes"]["device"].values()) <= 200 << 20
+    assert texts[0] == texts[1]
+    assert moved[0] != moved[1]
+    assert device_bytes[0] < device_bytes[1], "which has a ring"
+
+
 def test_the_budget_of_a_device_is_that_of_the_process(
     looked: list[Path | None], novels_opt: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

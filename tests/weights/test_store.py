@@ -14,13 +14,13 @@ import torch
 
 from flexgen.base.parallel import Parallel, serially
 from flexgen.base.quantities import align_up
+from flexgen.base.ring import ByteRing
 from flexgen.devices.sim import SimulatedDevice
 from flexgen.errors import EngineError, StorageError
 from flexgen.formats.base import StoredRange
 from flexgen.io.direct_io import FileSet
 from flexgen.io.pool import IOPool
 from flexgen.plan.policy import HOME_ALIGNMENT, SCRATCH_UNITS
-from flexgen.weights.ring import ByteRing
 from flexgen.weights.store import WeightStore
 from flexgen.weights.unit import UnitLayout, WantedTensor
 

@@ -28,11 +28,11 @@ logger = logging.getLogger(__name__)
 # The tracks, from top to bottom; threads of the same kind have numbers behind the name.
 PASSES, COMPUTE = "passes", "compute"
 HOST_ATTENTION, DISK_ATTENTION = "host attention", "disk attention"
-WEIGHTS_TO_DEVICE = "weights to device"
+WEIGHTS_TO_DEVICE, KV_TO_DEVICE = "weights to device", "KV to device"
 HOST_TO_DEVICE, URGENT_TO_DEVICE, DEVICE_TO_HOST = "host to device", "urgent to device", "device to host"
 IO = "I/O thread"
 _ORDER = (
-    PASSES, COMPUTE, HOST_ATTENTION, DISK_ATTENTION, "weights from disk", WEIGHTS_TO_DEVICE, "KV from disk", "KV to disk",
+    PASSES, COMPUTE, HOST_ATTENTION, DISK_ATTENTION, "weights from disk", WEIGHTS_TO_DEVICE, KV_TO_DEVICE, "KV from disk", "KV to disk",
     HOST_TO_DEVICE, URGENT_TO_DEVICE, DEVICE_TO_HOST, IO,
 )  # fmt: skip
 _MOST_OF_A_KIND = 1000  # threads

@@ -24,7 +24,7 @@ SomeEvent = TypeVar("SomeEvent", bound=Event)
 
 
 class Chunks(Generic[SomeEvent]):
-    """Copies in one stream, submitted chunk by chunk.  Thread-safe.
+    """Copies in one stream, submitted chunk by chunk.  Thread-safe: copies of several threads share the stream, a chunk at a time.
 
     Args:
         start: A function that starts a copy of bytes, uint8 (n,), from its second argument to its first, after those before it.
@@ -39,7 +39,7 @@ class Chunks(Generic[SomeEvent]):
         outstanding_bytes: int = OUTSTANDING_BYTES,
     ) -> None:
         self._start, self._chunk_bytes, self._most_bytes = start, chunk_bytes, outstanding_bytes
-        self._lock = threading.Lock()  # copies of different threads are not mixed
+        self._lock = threading.Lock()
         self._outstanding: deque[tuple[SomeEvent, int]] = deque()
         self._bytes = 0
 
@@ -50,16 +50,15 @@ class Chunks(Generic[SomeEvent]):
             The completion of the last chunk, and so of all of them.
         """
         parts = zip(*(each.view(-1).view(torch.uint8).split(self._chunk_bytes) for each in (destination, source)), strict=True)
-        with self._lock:
-            events = [self._submit(*part) for part in parts]
-        return events[-1]
+        return [self._submit(*part) for part in parts][-1]
 
     def _submit(self, destination: torch.Tensor, source: torch.Tensor) -> SomeEvent:
-        while self._outstanding and self._bytes + source.nbytes > self._most_bytes:
-            oldest, size_bytes = self._outstanding.popleft()
-            self._bytes -= size_bytes
-            oldest.wait()
-        event = self._start(destination, source)
-        self._outstanding.append((event, source.nbytes))
-        self._bytes += source.nbytes
-        return event
+        with self._lock:
+            while self._outstanding and self._bytes + source.nbytes > self._most_bytes:
+                oldest, size_bytes = self._outstanding.popleft()
+                self._bytes -= size_bytes
+                oldest.wait()
+            event = self._start(destination, source)
+            self._outstanding.append((event, source.nbytes))
+            self._bytes += source.nbytes
+            return event

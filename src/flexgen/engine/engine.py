@@ -221,7 +221,8 @@ class Engine:
         failpoint("engine.pass")
         recorder = self._recorder
         start, begun = self.runner.now(), 0 if recorder is None else recorder.begin_pass()
-        self.log.begins(pass_load(plan, tuple(self.runner.places), of_positions(self.cache.groups)))
+        brought = ("disk",) if self.policy.host_attention else ("disk", "host")
+        self.log.begins(pass_load(plan, tuple(self.runner.places), of_positions(self.cache.groups), brought=brought))
         self._prepare_guides(plan)
         with torch.no_grad():
             outputs, waits = self.runner.run(plan, lambda unit: self.log.tell(self._scheduler.num_live, unit, self.runner.num_units))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
 from flexgen.engine.sequence import LiveSequence
 from flexgen.kv.place import Place
@@ -25,7 +25,7 @@ def plan_pass(live: Collection[LiveSequence], places: Mapping[str, Place], polic
         defer_behind(members, within_pass=place.chunks)
         by_id = {each.id: each for each in members}
         latest: dict[int, int] = {}  # sequence -> the last micro-batch so far that computes its tokens
-        for slices in pack(members, policy.micro_batch_tokens, mix=place.mixes, chunk=place.chunks):
+        for slices in pack(members, policy.micro_batch_tokens, mix=place.mixes, chunk=place.chunks, share=place.share_of_batch):
             slices.sort(key=lambda each: not each.is_decode)
             after = {latest[each] for each in _stored_by(slices, by_id) if each in latest}
             latest.update((each.sequence, len(batches)) for each in slices)
@@ -83,7 +83,10 @@ def defer_behind(sequences: Sequence[LiveSequence], *, within_pass: bool) -> Non
             sequence.deferred = sequence.num_new
 
 
-def pack(sequences: Sequence[LiveSequence], micro_batch_tokens: int, *, mix: bool, chunk: bool = True) -> list[list[Slice]]:
+def pack(
+    sequences: Sequence[LiveSequence], micro_batch_tokens: int, *, mix: bool, chunk: bool = True,
+    share: Callable[[int], float] = lambda position: 0.0,
+) -> list[list[Slice]]:  # fmt: skip
     """Return the micro-batches of one pass: next tokens first, then prompts, long prompts in consecutive chunks.
 
     Micro-batches that mix both are filled to the last row, even if that cuts a prompt; others cut only prompts that are longer than a
@@ -94,10 +97,11 @@ def pack(sequences: Sequence[LiveSequence], micro_batch_tokens: int, *, mix: boo
         micro_batch_tokens: The tokens of a full micro-batch.
         mix: Whether next tokens and prompts may share a micro-batch.
         chunk: Whether a prompt may be cut; otherwise a long prompt is a micro-batch of its own, however large.
+        share: A function from the position of a next token to the share of a micro-batch that it takes by what it sees.
     """
     steps = [s for s in sequences if s.num_new == 1 and s.num_stored > 0]
     prompts = [s for s in sequences if not (s.num_new == 1 and s.num_stored > 0)]
-    batches = _next_tokens([s for s in steps if s.behind is None], micro_batch_tokens)
+    batches = _next_tokens([s for s in steps if s.behind is None], micro_batch_tokens, share)
     room = micro_batch_tokens - len(batches[-1]) if batches and mix else 0
     for sequence in prompts:
         start, stop = sequence.num_stored, len(sequence.tokens) - sequence.deferred
@@ -113,13 +117,20 @@ def pack(sequences: Sequence[LiveSequence], micro_batch_tokens: int, *, mix: boo
             start, room = start + length, max(room - length, 0)
             if length == 1 and batches[-1][-1].start > 0 and not mix:
                 room = 0  # a last chunk of one token is computed like a next token
-    return batches + _next_tokens([s for s in steps if s.behind is not None and not s.deferred], micro_batch_tokens)
+    return batches + _next_tokens([s for s in steps if s.behind is not None and not s.deferred], micro_batch_tokens, share)
 
 
-def _next_tokens(sequences: Sequence[LiveSequence], micro_batch_tokens: int) -> list[list[Slice]]:
+def _next_tokens(sequences: Sequence[LiveSequence], micro_batch_tokens: int, share: Callable[[int], float]) -> list[list[Slice]]:
     """Return micro-batches of sequences that compute one token each."""
-    slices = [_slice(each, each.num_stored, each.num_stored + 1) for each in sequences]
-    return [slices[start : start + micro_batch_tokens] for start in range(0, len(slices), micro_batch_tokens)]
+    batches: list[list[Slice]] = []
+    taken = 0.0
+    for each in sequences:
+        taken += share(each.num_stored)
+        if not batches or len(batches[-1]) == micro_batch_tokens or taken > 1:
+            batches.append([])
+            taken = share(each.num_stored)
+        batches[-1].append(_slice(each, each.num_stored, each.num_stored + 1))
+    return batches
 
 
 def _slice(sequence: LiveSequence, start: int, stop: int) -> Slice:

@@ -64,9 +64,13 @@ class HostAttention:
         self.worker, self.sinks = Worker(worker) if overlap else AtOnce(), HostSinks()
         self._groups, self._sparse = groups, sparse
 
+    def plan(self, slices: Sequence[Slice]) -> KVPlan:
+        """Return the index tensors of a micro-batch."""
+        return KVPlan(self._groups, slices, self._sparse)
+
     def view(self, slices: Sequence[Slice], lend: LendPages) -> HostView:
         """Return a view of pages that are lent layer by layer."""
-        return HostView(self, KVPlan(self._groups, slices, self._sparse), lend)
+        return HostView(self, self.plan(slices), lend)
 
     def later(self, job: Callable[[], Any], complete: Callable[[Any], torch.Tensor], name: str, layer: int) -> PendingAttention:
         """Run a job on the worker; its error is also raised to the micro-batch that waits for it.
@@ -122,7 +126,10 @@ class HostPlace(Place):
         self.pool, self._attention = pool, attention
 
     def view(self, slices: Sequence[Slice]) -> HostView:
-        return self._attention.view(slices, lambda layer: contextlib.nullcontext(self.pool.pages[layer]))
+        return self._attention.view(slices, self._pages_of)
+
+    def _pages_of(self, layer: int) -> contextlib.AbstractContextManager[KVPages]:
+        return contextlib.nullcontext(self.pool.pages[layer])
 
     def finish_pass(self) -> None:
         self._attention.worker.drain()

@@ -21,6 +21,8 @@ from flexgen.kv.cache import KVCache
 from flexgen.kv.disk import DiskPlace
 from flexgen.kv.flow import KVFlow
 from flexgen.kv.host import HostAttention, HostPlace
+from flexgen.kv.link import KVLink
+from flexgen.kv.linked import LinkedPlace
 from flexgen.kv.local import LocalPlace
 from flexgen.kv.pages import KVGroup, PagePool, Pool, divide_pool, on_disk
 from flexgen.kv.place import Place
@@ -115,7 +117,14 @@ def _open_host(setup: KVSetup) -> Opened:
         pool = PagePool(setup.groups, setup.num_pages("host"))
         return pool, LocalPlace(pool, setup.kernels(HOST), setup.sparse())
     pool = PagePool(setup.groups, setup.num_pages("host"), setup.backend.allocate_pages)
-    return pool, HostPlace(pool, setup.host_attention("flexgen-host-attention", setup.sparse()))
+    if setup.policy.host_attention:
+        return pool, HostPlace(pool, setup.host_attention("flexgen-host-attention", setup.sparse()))
+    ring_bytes = setup.policy.kv_ring_bytes
+    if not ring_bytes:
+        raise EngineError("attention on the device to KV in host memory needs a ring for its pages")
+    link = KVLink(pool, setup.backend, ring_bytes, setup.notify, setup.recorder)
+    attention = setup.host_attention("flexgen-host-attention", setup.sparse())
+    return pool, LinkedPlace(pool, attention, link, ring_bytes, setup.sparse(saves=False))  # values come with the keys
 
 
 def _open_disk(setup: KVSetup) -> Opened:

@@ -1,7 +1,7 @@
 """The interface of a tier that holds KV: for every micro-batch it makes a view, which stores keys and values and attends to them.
 
-Each tier is one file (local.py, host.py, disk.py).  Attention that takes time, or has to begin later, returns a pending
-result, which the ready loop polls.
+Each tier is one file (local.py, host.py, disk.py), and linked.py is for KV on the host that a device attends to.  Attention that takes
+time, or has to begin later, returns a pending result, which the ready loop polls.
 """
 
 from __future__ import annotations
@@ -27,6 +27,13 @@ class Place(Protocol):
 
     chunks: bool
     mixes: bool
+
+    def share_of_batch(self, position: int) -> float:
+        """Return the share of a micro-batch that the next token at this position takes by the KV that it sees.
+
+        The shares of its next tokens add up to 1 at most, unless there is only one; they are 0 where only the number of tokens counts.
+        """
+        return 0.0
 
     def view(self, slices: Sequence[Slice]) -> View:
         """Return the KV of one micro-batch during one pass."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Protocol
 
 from flexgen.passes.geometry import KVGeometry
@@ -20,18 +20,19 @@ class LayerGroup(Protocol):
     def geometry(self) -> KVGeometry: ...
 
 
-def pass_load(plan: PassPlan, homes: Sequence[str], groups: Sequence[LayerGroup]) -> PassLoad:
+def pass_load(plan: PassPlan, homes: Sequence[str], groups: Sequence[LayerGroup], *, brought: Collection[str] = ("disk",)) -> PassLoad:
     """Return the work of a pass.
 
     Args:
         plan: The plan of the pass.
         homes: The tiers that hold KV.
         groups: The layer groups, in the order of the slices' page tables.
+        brought: The tiers whose pages are brought to where they are attended to, once for all sequences of a micro-batch.
     """
     prompts, starts, steps = (dict.fromkeys(homes, 0) for _ in range(3))
     pairs = [0] * len(groups)
     attended, earlier = ({home: [0] * len(groups) for home in homes} for _ in range(2))
-    repeated = {"disk": [0] * len(groups)} if "disk" in homes else {}
+    repeated = {home: [0] * len(groups) for home in homes if home in brought}
     sampled = scored = 0
     for batch in plan.micro_batches:
         home = batch.home

@@ -22,6 +22,10 @@ HOME_ALIGNMENT = 4096  # units in host memory beside a device take whole pages, 
 # Units that are open at a time and were decoded for that: on a CPU, and on a device, which decodes a unit only when it computes with it.
 SCRATCH_UNITS, DEVICE_SCRATCH_UNITS = 3, 2
 PROMPTS_ON_THE_WAY = 2  # micro-batches of prompts whose keys and values of a layer are between the device and the host
+# Where next tokens attend on the device to KV in host memory: the micro-batches whose new keys and values of a layer may be on their way
+# to it; how many micro-batches' pages of a layer the ring holds (one is attended to, one is on its way, the rest is for the end of the
+# ring); and the bytes that one has at most, unless it is a single sequence: as a large unit of weights, they cross in 5 to 8 ms.
+STEPS_ON_THE_WAY, KV_RING_BATCHES, KV_BATCH_BYTES = 4, 3, 160 * MIB
 # A device without kernels for it decodes so many numbers at once by torch operations, whose temporary tensors take at most so many bytes
 # for each: indices, values and scales, in float32 or int32.
 DECODED_AT_ONCE, DECODING_BYTES = 1 << 21, 20
@@ -56,11 +60,15 @@ class Policy:
         kv: The home fractions of KV bytes.
         kv_format: The low-bit format of KV ("int8", "k8v4", "int4"); None for the dtype of computing.
         sparse_attention: The share of positions that a head of a generated token keeps; None for all.
+        host_attention: Whether the host attends to the KV in its memory for next tokens; if not, the pages that they see come to the
+            device.  On "cpu" there is nothing to choose.
         kv_device_bytes: The size of the page pool on the device.
         kv_host_bytes: The size of the page pool in host memory.
         kv_disk_bytes: The size of the page pool on disk.
         kv_staging_bytes: Host memory for pages read ahead from disk (0 without KV on disk).
         kv_tail_bytes: Host memory for pages on their way to disk that are not full yet.
+        kv_ring_bytes: Memory on the device, and as much on the host, for pages on their way to attention on the device (0 if the host
+            attends).
         host_ring_bytes: Staging memory for units that come from disk.
         device_ring_bytes: Staging memory on the device for units that are not at home there (0 on "cpu").
         copies_in_bytes: Memory on the device, and as much on the host, for what a pass copies to the device beside weights (0 on "cpu").
@@ -83,6 +91,7 @@ class Policy:
     kv: Fractions
     kv_format: str | None = None
     sparse_attention: float | None = None
+    host_attention: bool = True
     kv_device_bytes: int = 0
     kv_host_bytes: int = 0
     kv_disk_bytes: int = 0
@@ -101,6 +110,7 @@ class Policy:
     io_threads: int
     kv_staging_bytes: int = 0
     kv_tail_bytes: int = 0
+    kv_ring_bytes: int = 0
     longest_sequence: int = 512
 
     @property

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from flexgen.base.quantities import counted, format_seconds, format_size
 from flexgen.plan.formats import MARGIN, FormatChoice, FormatPrice
+from flexgen.plan.machine import has_device_tier
 from flexgen.plan.price.memory import ENCODED
 from flexgen.plan.tell.spill import ENDURANCE_BYTES, LEAST_SPILL_GAIN, Spill, endurance_share
 
@@ -37,7 +38,7 @@ def format_plan(plan: Plan) -> str:
         f"{kept}staging {format_size(staging)}{_copies(policy)}, workspace {format_size(policy.workspace_bytes)}",
         f"  KV       {format_size(policy.kv_bytes)}: {_shares(policy.kv)}; {_kv_format(policy)}"
         f"{format_size(spec.kv_bytes_per_token)} per token{_padded(policy, spec)}, "
-        f"pages of {policy.page_tokens} tokens",
+        f"pages of {policy.page_tokens} tokens{_attention(policy)}",
         f"  a pass   up to {counted(policy.max_num_seqs, 'sequence')} and, on average, {counted(policy.prefill_tokens, 'prompt token')}; "
         f"{counted(policy.micro_batch_tokens, 'token')} at a time",
     ]
@@ -49,8 +50,15 @@ def format_plan(plan: Plan) -> str:
 
 def _copies(policy: Policy) -> str:
     """Return the memory, on both sides, for what passes copy between host and device; nothing on a CPU."""
-    size_bytes = 2 * policy.copies_in_bytes + policy.copies_out_bytes
+    size_bytes = 2 * (policy.copies_in_bytes + policy.kv_ring_bytes) + policy.copies_out_bytes
     return f", copies {format_size(size_bytes)}" if size_bytes else ""
+
+
+def _attention(policy: Policy) -> str:
+    """Return where next tokens attend to KV in host memory, where some is there beside a device."""
+    if not has_device_tier(policy.device) or not policy.kv_host_bytes:
+        return ""
+    return f"; attention to host KV on the {'host' if policy.host_attention else 'device'}"
 
 
 def format_choice(choice: FormatChoice) -> list[str]:

@@ -13,7 +13,8 @@ from flexgen.errors import CapacityError, OptionError
 from flexgen.options import EngineOptions
 from flexgen.plan.formats import FormatChoice, Formats
 from flexgen.plan.play.answer_lengths import expected
-from flexgen.plan.price.copies import copies_bytes
+from flexgen.plan.policy import KV_RING_BATCHES
+from flexgen.plan.price.copies import copies_bytes, longest_layer_bytes
 from flexgen.plan.price.memory import activation_bytes
 from flexgen.plan.price.requests import JobSizes, kv_room
 from flexgen.plan.search.solve import NOMINAL_WORKLOAD
@@ -234,6 +235,8 @@ def _has_room(policy: Policy, spec: ModelSpec, planned: Workload, new: Workload)
     known, wanted = (JobSizes(spec, each, policy.page_tokens) for each in (planned if len(planned) else NOMINAL_WORKLOAD, new))
     if wanted.longest > known.longest and wanted.largest > max(kv_room(spec, policy).values()):
         return False  # a sequence's KV has one home
+    if policy.kv_ring_bytes and KV_RING_BATCHES * longest_layer_bytes(spec, wanted, policy.page_tokens) > policy.kv_ring_bytes:
+        return False
     copies = zip(copies_bytes(spec, wanted, policy), copies_bytes(spec, known, policy), strict=True)
     return activation_bytes(spec, wanted, policy) <= activation_bytes(spec, known, policy) and all(new <= old for new, old in copies)
 

@@ -9,10 +9,10 @@ import torch
 
 from flexgen.base.parallel import Parallel, serially
 from flexgen.base.recorder import WEIGHTS_TO_DEVICE, Recorder
+from flexgen.base.ring import Slot
 from flexgen.devices.base import Device, Event
 from flexgen.io.direct_io import FileSet
 from flexgen.io.pool import Contents, IOPool, Ticket
-from flexgen.weights.ring import Slot
 from flexgen.weights.unit import UnitForm, UnitLayout
 
 

@@ -15,12 +15,12 @@ import torch
 
 from flexgen.base.parallel import Parallel
 from flexgen.base.recorder import WEIGHTS_TO_DEVICE, Recorder, recorded
+from flexgen.base.ring import ByteRing, Slot
 from flexgen.devices.base import POISON, Device, Event
 from flexgen.errors import EngineError
 from flexgen.io.direct_io import FileSet
 from flexgen.io.pool import IOPool
 from flexgen.weights.arrival import Arrival, copy_in, read_unit
-from flexgen.weights.ring import ByteRing, Slot
 from flexgen.weights.unit import UnitForm, UnitLayout
 
 T = TypeVar("T")

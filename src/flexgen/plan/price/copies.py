@@ -8,12 +8,14 @@ from flexgen.base.quantities import align_up
 from flexgen.options import DTYPE_BYTES
 from flexgen.plan.machine import has_device_tier
 from flexgen.plan.model import ModelSpec
-from flexgen.plan.policy import PROMPTS_ON_THE_WAY, Policy
+from flexgen.plan.policy import KV_BATCH_BYTES, KV_RING_BATCHES, PROMPTS_ON_THE_WAY, STEPS_ON_THE_WAY, Policy
 from flexgen.plan.price.memory import FRAGMENTATION, tokens_at_once
 from flexgen.plan.price.requests import JobSizes
 
 PAGE_BYTES, ID_BYTES = 4096, 8
 SCORE_BYTES, LIKELIEST_BYTES = 8, 16  # of a scored position, and of each of the likeliest tokens beside it
+# The ring for pages of KV takes at most this share of the device, unless a single sequence needs more; and what pads a layer's parts.
+KV_RING_SHARE, RING_PADDING_BYTES = 0.05, 4096
 INDEX_TENSORS = 4  # with a number for each token, and for each sequence and layer group, such as where a token is stored
 
 
@@ -52,8 +54,33 @@ def copies_bytes(spec: ModelSpec, sizes: JobSizes, policy: Policy, max_num_seqs:
         # Two FLOPs for each number of a head's key and value.  Its query and result are as large, or less than twice that on latents.
         steps = most * int(max((group.attention_flops_per_pair for group in spec.kv_groups), default=0)) * size
         into += steps + PROMPTS_ON_THE_WAY * sizes.layer
-        out += steps + (most + PROMPTS_ON_THE_WAY * running) * sizes.layer // sizes.longest
+        stored = most if policy.host_attention else max(STEPS_ON_THE_WAY * min(running, most), most)
+        out += steps + (stored + PROMPTS_ON_THE_WAY * running) * sizes.layer // sizes.longest
     return _rounded(into), _rounded(out)
+
+
+def with_ring(policy: Policy, spec: ModelSpec, sizes: JobSizes, device_bytes: int) -> Policy:
+    """Return the policy with a ring for pages that next tokens see in host memory, if they are attended to on the device.
+
+    It holds a layer of some micro-batches, each of as many sequences as it may have, but no more bytes than KV_BATCH_BYTES and than the
+    ring's share of the device allow; of one sequence always.
+    """
+    if policy.host_attention or not has_device_tier(policy.device) or policy.kv.device >= 1:
+        return dataclasses.replace(policy, kv_ring_bytes=0)
+    longest = longest_layer_bytes(spec, sizes, policy.page_tokens)
+    number = min(policy.micro_batch_tokens, policy.max_num_seqs)
+    most = min(KV_BATCH_BYTES, int(KV_RING_SHARE * device_bytes) // KV_RING_BATCHES)
+    ring_bytes = align_up(KV_RING_BATCHES * max(longest, min(number * longest, most)) + RING_PADDING_BYTES, PAGE_BYTES)
+    return dataclasses.replace(policy, kv_ring_bytes=ring_bytes)
+
+
+def longest_layer_bytes(spec: ModelSpec, sizes: JobSizes, page_tokens: int) -> int:
+    """Return the bytes of the pages that the last token of the longest sequence sees in a layer, at most."""
+    longest = 0
+    for group in spec.kv_groups:
+        pages = -(-min(sizes.longest, group.window or sizes.longest) // page_tokens) + 1  # windows begin and end within pages
+        longest = max(longest, page_tokens * (pages * group.bytes_per_token + group.exact_bytes_per_token))
+    return longest
 
 
 def _rounded(size_bytes: int) -> int:

@@ -85,14 +85,15 @@ def reserved(
     host = {"process": process_bytes, "allowance": allowance_bytes(limits), "weights": held["host"], ENCODED: held["encoded"]}
     host |= {"KV": policy.kv_host_bytes, "weight staging": policy.host_ring_bytes}
     host |= {"KV staging": policy.kv_staging_bytes + policy.kv_tail_bytes}
-    host |= {"copies": policy.copies_in_bytes + policy.copies_out_bytes}
+    host |= {"copies": policy.copies_in_bytes + policy.copies_out_bytes + policy.kv_ring_bytes}
     tiers = {"host": host}
     if not has_device_tier(policy.device):
         host |= computing
     else:
         host["decoding"] = decoding_bytes
         device = {CUDA: limits.device_overhead_bytes, **computing, "weights": held["device"]}
-        device |= {"weight staging": policy.device_ring_bytes, "KV": policy.kv_device_bytes, "copies": policy.copies_in_bytes}
+        device |= {"weight staging": policy.device_ring_bytes, "KV": policy.kv_device_bytes}
+        device |= {"copies": policy.copies_in_bytes + policy.kv_ring_bytes}
         tiers["device"] = device
     if limits.offload_in_memory:
         host["KV in a memory file system"] = policy.kv_disk_bytes

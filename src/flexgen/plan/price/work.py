@@ -7,6 +7,7 @@ scalars (one pass, as the engine counts it) or equally long arrays (all passes o
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +17,7 @@ import numpy as np
 from flexgen.options import DTYPE_BYTES
 from flexgen.plan.machine import Machine, has_device_tier, int8_name
 from flexgen.plan.model import KVGroupSpec, ModelSpec
-from flexgen.plan.policy import LEAST_KEPT, Policy
+from flexgen.plan.policy import KV_RING_BATCHES, LEAST_KEPT, Policy
 
 # Earlier keys and values for a prompt on a device are read in their pages, written side by side in the dtype of computing, and read and
 # written again into the memory from which the link takes them.
@@ -96,8 +97,8 @@ class PassLoad:
         next_tokens: The number of sequences that decode, by home tier of their KV.
         prompt_pairs: The visible pairs of the prompts, per KV group (all layers of a group are alike).
         attended_tokens: The visible tokens of the next tokens, by home tier and then per KV group.
-        repeated_tokens: The attended tokens on disk that need no read of their own, because another sequence of the micro-batch reads them;
-            indexed like `attended_tokens`.
+        repeated_tokens: The attended tokens that need not be brought to where they are attended to, from disk or from host memory to the
+            device, because another sequence of the micro-batch has brought them; indexed like `attended_tokens`.
         earlier_tokens: The visible tokens before prompts and before later chunks of them, which others or earlier chunks have stored;
             indexed like `attended_tokens`. Homes may be left out where that is not wanted.
         num_sampled: The number of positions that yield a token.
@@ -159,6 +160,23 @@ def unread_bytes(spec: ModelSpec, tokens: Sequence[Any], num_steps: Any) -> Any:
     return total
 
 
+def brought_bytes(spec: ModelSpec, tokens: Sequence[Any], num_steps: Any, page_tokens: int) -> list[Any]:
+    """Return, for a layer of each group, the bytes of the pages in which `num_steps` next tokens see `tokens` tokens.
+
+    A token's own page is on average half filled; where it is a page of its own format, all of that is brought.
+    """
+    own = [
+        page_tokens * group.exact_bytes_per_token if group.exact_bytes_per_token else (page_tokens - 1) / 2 * group.bytes_per_token
+        for group in spec.kv_groups
+    ]
+    return [group.bytes_per_token * seen + num_steps * rest for group, seen, rest in zip(spec.kv_groups, tokens, own, strict=True)]
+
+
+def comes_to_the_device(home: str, policy: Policy) -> bool:
+    """Return whether the pages of next tokens whose KV lives there come to the device to be attended to."""
+    return home == "host" and has_device_tier(policy.device) and not policy.host_attention
+
+
 def price(load: PassLoad, spec: ModelSpec, policy: Policy, weights: PassWork) -> PassWork:
     """Return the work of a pass: `weights` (from `weights_work`), and the work that its slices add under the policy's homes."""
     groups, device = spec.kv_groups, policy.device
@@ -178,7 +196,8 @@ def price(load: PassLoad, spec: ModelSpec, policy: Policy, weights: PassWork) ->
     crossing = sum(group.num_layers for group in groups) * spec.hidden_size * DTYPE_BYTES[policy.dtype]
     for home, attended in load.attended_tokens.items():
         flops, read = attended_flops(groups, attended), attended_bytes(groups, attended)
-        where = "" if home == "device" else "host_"
+        linked = comes_to_the_device(home, policy)
+        where = "" if home == "device" or linked else "host_"
         steps[f"{where}step_flops"] = steps[f"{where}step_flops"] + flops
         steps[f"{where}step_bytes"] = steps[f"{where}step_bytes"] + read
         sparsely = sparse_bytes(spec, attended, load.next_tokens[home])
@@ -187,16 +206,24 @@ def price(load: PassLoad, spec: ModelSpec, policy: Policy, weights: PassWork) ->
             continue
         new_tokens = load.prompt_tokens[home] + load.next_tokens[home]
         written = new_tokens * spec.kv_bytes_per_token
+        if has_device_tier(device) and home in load.earlier_tokens:
+            crosses = exact_bytes(groups, load.earlier_tokens[home])
+            moved = attended_bytes(groups, load.earlier_tokens[home]) + GATHERED_COPIES * crosses
+            gathered, to_device, memory = gathered + moved, to_device + crosses, memory + moved + crosses
+        if linked:  # pages are read, written to pinned memory, and read by the link
+            repeated = load.repeated_tokens.get(home, [0] * len(groups))
+            seen = [tokens_seen - again for tokens_seen, again in zip(attended, repeated, strict=True)]
+            pages = brought_bytes(spec, seen, load.next_tokens[home], policy.page_tokens)
+            brought = sum(group.num_layers * each for group, each in zip(groups, pages, strict=True))
+            memory, to_device = memory + 3 * brought + written, to_device + brought
+            to_host = to_host + new_tokens * spec.exact_kv_bytes_per_token
+            continue
         memory = memory + read + written
         if home == "host":  # elsewhere values are read before it is known which are kept
             memory = memory - unread_bytes(spec, attended, load.next_tokens[home])
         if has_device_tier(device):
             to_host = to_host + new_tokens * spec.exact_kv_bytes_per_token + load.next_tokens[home] * crossing
             to_device = to_device + load.next_tokens[home] * crossing
-            if home in load.earlier_tokens:
-                crosses = exact_bytes(groups, load.earlier_tokens[home])
-                moved = attended_bytes(groups, load.earlier_tokens[home]) + GATHERED_COPIES * crosses
-                gathered, to_device, memory = gathered + moved, to_device + crosses, memory + moved + crosses
         if home == "disk":
             fetched = read - attended_bytes(groups, load.repeated_tokens[home]) if home in load.repeated_tokens else read
             fetched, written = fetched * spec.disk_kv_growth, written * spec.disk_kv_growth
@@ -222,17 +249,18 @@ def price(load: PassLoad, spec: ModelSpec, policy: Policy, weights: PassWork) ->
         num_sequences=sum(load.num_prompts.values()) + next_tokens,
         num_sampled=load.num_sampled,
         num_scored=load.num_scored,
-        num_micro_batches=_num_micro_batches(load, policy),
+        num_micro_batches=_num_micro_batches(load, spec, policy),
         num_streamed_units=weights.num_streamed_units,
         num_disk_requests=requests,
         **steps,
     )
 
 
-def _num_micro_batches(load: PassLoad, policy: Policy) -> Any:
+def _num_micro_batches(load: PassLoad, spec: ModelSpec, policy: Policy) -> Any:
     """Return the number of micro-batches, of one KV home each.
 
-    Next tokens and prompts share one only where computing and all KV are in the same memory.
+    Next tokens and prompts share one only where computing and all KV are in the same memory. Where pages come to the device, those of a
+    micro-batch have room in their part of the ring.
     """
     mixed = not has_device_tier(policy.device)
     number: Any = 0
@@ -240,6 +268,11 @@ def _num_micro_batches(load: PassLoad, policy: Policy) -> Any:
         kinds = [load.prompt_tokens[home], load.next_tokens[home]]
         for tokens in [kinds[0] + kinds[1]] if mixed and home == "host" else kinds:
             number = number - (-tokens // policy.micro_batch_tokens)
+        if comes_to_the_device(home, policy) and policy.kv_ring_bytes:
+            pages = brought_bytes(spec, load.attended_tokens[home], load.next_tokens[home], policy.page_tokens)
+            most = functools.reduce(np.maximum, pages, 0)
+            by_number, by_bytes = -(-kinds[1] // policy.micro_batch_tokens), -(-most // (policy.kv_ring_bytes // KV_RING_BATCHES))
+            number = number + np.maximum(by_bytes - by_number, 0)
     return number
 
 

@@ -12,7 +12,7 @@ from flexgen.options import WEIGHT_HOMES
 from flexgen.plan.machine import Limits, Machine, has_device_tier
 from flexgen.plan.model import ModelSpec
 from flexgen.plan.policy import PAGE_TOKENS, Fractions, Policy
-from flexgen.plan.price.copies import with_copies
+from flexgen.plan.price.copies import with_copies, with_ring
 from flexgen.plan.price.memory import RING_UNITS, PlacedWeights, activation_bytes, embedding_table_bytes, reserved
 from flexgen.plan.price.requests import JobSizes
 from flexgen.plan.price.weights import can_stay_encoded, unit_homes, weight_bytes
@@ -56,19 +56,23 @@ class Drafts:
         self._spec, self._machine, self._limits, self._sizes, self._placed = spec, machine, limits, sizes, placed
         self._dtype, self._process_bytes, self._kv, self._least_seqs = dtype, process_bytes, kv, num_seqs
         self._embedding_bytes = embedding_table_bytes(spec)
-        self._known: dict[tuple[Fractions, str, int, int, bool], Policy] = {}
+        self._known: dict[tuple[Fractions, str, int, int, bool, bool], Policy] = {}
 
-    def draft(self, weights: Fractions, schedule: str, micro_batch_tokens: int, prefill_tokens: int, *, spills: bool) -> Policy:
+    def draft(
+        self, weights: Fractions, schedule: str, micro_batch_tokens: int, prefill_tokens: int, *, spills: bool, host_attention: bool = True
+    ) -> Policy:
         """Return a policy with everything but KV, with workspace for the pinned number of sequences or one.
 
-        If it `spills`, it has staging for KV on disk.
+        If it `spills`, it has staging for KV on disk; without `host_attention`, a ring for pages on their way to the device.
         """
-        key = (weights, schedule, micro_batch_tokens, prefill_tokens, spills)
+        key = (weights, schedule, micro_batch_tokens, prefill_tokens, spills, host_attention)
         if key not in self._known:
             self._known[key] = self._drafted(*key)
         return self._known[key]
 
-    def _drafted(self, weights: Fractions, schedule: str, micro_batch_tokens: int, prefill_tokens: int, spills: bool) -> Policy:
+    def _drafted(
+        self, weights: Fractions, schedule: str, micro_batch_tokens: int, prefill_tokens: int, spills: bool, host_attention: bool
+    ) -> Policy:
         placement, limits = self._placed.of(weights), self._limits
         ahead = self._machine.disk_read.best * RING_SECONDS
         host_ring = _ring(placement.largest_from_disk, placement.from_disk, ahead, RING_SHARE * limits.host_bytes)
@@ -81,6 +85,7 @@ class Drafts:
             kv=self._kv or Fractions(host=1.0 - spills, disk=float(spills)),
             kv_format=self._spec.kv_format,
             sparse_attention=self._spec.sparse_attention,
+            host_attention=host_attention,
             kv_device_bytes=0,
             kv_host_bytes=0,
             kv_disk_bytes=0,
@@ -99,19 +104,24 @@ class Drafts:
             io_threads=self._machine.io_threads,
         )
         workspace_bytes = self._activations(draft, draft.max_num_seqs) + placement.scratch_bytes
-        return with_copies(dataclasses.replace(draft, workspace_bytes=workspace_bytes), self._spec, self._sizes)
+        return self.with_copies(dataclasses.replace(draft, workspace_bytes=workspace_bytes))
+
+    def with_copies(self, policy: Policy) -> Policy:
+        """Return the policy with memory for the copies of its passes."""
+        return with_ring(with_copies(policy, self._spec, self._sizes), self._spec, self._sizes, self._limits.device_bytes)
 
     def for_seqs(self, draft: Policy, max_num_seqs: int) -> Policy:
         """Return the draft with the workspace of so many sequences, and memory for their copies."""
         workspace_bytes = draft.workspace_bytes + self._activations(draft, max_num_seqs) - self._activations(draft, draft.max_num_seqs)
         grown = dataclasses.replace(draft, max_num_seqs=max_num_seqs, workspace_bytes=workspace_bytes)
-        return with_copies(grown, self._spec, self._sizes)
+        return self.with_copies(grown)
 
     def growth(self, draft: Policy, max_num_seqs: int) -> dict[str, int]:
         """Return the bytes that so many sequences take beyond the draft's, in memory that is not KV, by tier."""
         grown = self.for_seqs(draft, max_num_seqs)
         computing = "device" if has_device_tier(draft.device) else "host"
         into, out = grown.copies_in_bytes - draft.copies_in_bytes, grown.copies_out_bytes - draft.copies_out_bytes
+        into += grown.kv_ring_bytes - draft.kv_ring_bytes
         sizes = {"device": into, "host": into + out}
         return sizes | {computing: sizes[computing] + grown.workspace_bytes - draft.workspace_bytes}
 

@@ -72,6 +72,7 @@ def objective(policy: Policy, quota: float, seconds: float) -> float:
     """Return the number to minimise: seconds, and a little more for long passes, for what moves and for what is written to disk."""
     computing = "device" if has_device_tier(policy.device) else "host"
     moving = 2 - getattr(policy.weights, computing) - getattr(policy.kv, computing) + policy.weights.disk
+    moving += policy.kv.host * (not policy.host_attention)
     return seconds * (1 + LONG_PASS_PENALTY * quota + MOVING_PENALTY * moving + SPILL_PENALTY * policy.kv.disk)
 
 

@@ -148,10 +148,15 @@ class _Program:
         self._held_bytes = np.diag(growth)[:, None, :] * held[:, None]
 
     def _request_seconds(self, load: RequestLoad, own: RequestLoad, home: str) -> Floats:
-        """Return the seconds by resource and request; what several requests have in common on disk may be read once for all of them."""
+        """Return the seconds by resource and request; what several requests have in common may be brought once for all of them.
+
+        Where next tokens see KV in host memory, each resource has the seconds of the place of attention that takes less of it.
+        """
         shared = [np.maximum(seen - least, 0) for seen, least in zip(load.attended_tokens, own.attended_tokens, strict=True)]
-        brought = dataclasses.replace(load.at(home), repeated_tokens={home: shared} if home == "disk" else {})
-        return self._seconds(price(brought, self._spec, self._policy, PassWork()), len(self._outputs))
+        brought = dataclasses.replace(load.at(home), repeated_tokens={home: shared} if home != "device" else {})
+        places = [dataclasses.replace(self._policy, host_attention=each) for each in (True, False)]
+        on_host, on_device = (self._seconds(price(brought, self._spec, each, PassWork()), len(self._outputs)) for each in places)
+        return np.minimum(on_host, on_device)
 
     def _seconds(self, work: PassWork, number: int) -> Floats:
         """Return the ideal seconds of so many passes, by resource and pass."""

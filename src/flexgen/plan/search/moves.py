@@ -45,6 +45,10 @@ class Axes(Protocol):
         """Return the sizes of micro-batches to choose from."""
         ...
 
+    def host_attentions(self) -> tuple[bool, ...]:
+        """Return whether the host attends to KV in its memory, both answers where that is to choose."""
+        ...
+
 
 # Takes a point, the choices, a score and whether to go on, and returns a point that is no worse.
 Improvement = Callable[[Point, Axes, Callable[[Point], Score], Callable[[], bool]], Point]
@@ -137,3 +141,5 @@ def _alternatives(point: Point, space: Axes) -> Iterator[Point]:
         yield dataclasses.replace(point, schedule=schedule)
     for tokens in space.micro_batches():
         yield dataclasses.replace(point, micro_batch_tokens=tokens)
+    for host_attention in space.host_attentions():
+        yield dataclasses.replace(point, host_attention=host_attention)

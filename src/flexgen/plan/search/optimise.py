@@ -135,6 +135,8 @@ class Search:
             raise CapacityError(shortage(self.space))
         outcome = self.player.outcome(policy)
         steady = self._steady_states(policy.micro_batch_tokens, self._pass_seconds(bounds))
+        alike = [each for each, spills in steady if spills == (policy.kv_disk_bytes > 0)]
+        alike = [each for each in alike if each.host_attention == policy.host_attention] or alike
         return Solution(
             policy=policy,
             seconds=outcome.seconds,
@@ -142,7 +144,7 @@ class Search:
             request_seconds=outcome.request_seconds,
             objective=self.player.score(point, bounds)[-1],
             point=point,
-            worth=next((each.worth for each, spills in steady if spills == (policy.kv_disk_bytes > 0)), dict[str, float]()),
+            worth=alike[0].worth if alike else dict[str, float](),
             num_played=self.player.num_played,
         )
 

@@ -24,6 +24,7 @@ class Point:
         embedding: Whether the embedding stays in memory, where that is useful and it fits.
         schedule: "diagonal", "zigzag" or "row".
         micro_batch_tokens: The most tokens computed together.
+        host_attention: Whether the host attends to the KV in its memory for next tokens; if not, the device does.
     """
 
     on_device: float = 0.0
@@ -36,3 +37,4 @@ class Point:
     embedding: bool
     schedule: str
     micro_batch_tokens: int
+    host_attention: bool = True

@@ -16,7 +16,6 @@ from flexgen.options import DTYPE_BYTES, TIERS, WEIGHT_HOMES, EngineOptions
 from flexgen.plan.machine import Limits, Machine, has_device_tier
 from flexgen.plan.model import ModelSpec
 from flexgen.plan.policy import PAGE_TOKENS, Fractions, Policy
-from flexgen.plan.price.copies import with_copies
 from flexgen.plan.price.memory import PlacedWeights
 from flexgen.plan.price.requests import JobSizes
 from flexgen.plan.price.weights import active_share, can_stay_encoded
@@ -108,6 +107,12 @@ class Space:
             return (self.options.schedule,)
         return ("diagonal",) if self.options.prefill_tokens is not None else ("diagonal", "zigzag")
 
+    def host_attentions(self) -> tuple[bool, ...]:
+        """Return whether the host attends to KV in its memory, both answers where that is to choose."""
+        chosen = {"on": (True,), "off": (False,), "auto": (True, False)}[self.options.host_attention]
+        nothing_to_choose = self.on_cpu or "host" not in self.kv_tiers or (self.kv is not None and not self.kv.host)
+        return chosen[:1] if nothing_to_choose else chosen
+
     def free_axes(self, schedule: str) -> tuple[str, ...]:
         """Return the axes that are not pinned and make a difference."""
         free = set(AXES) - ({"cap"} if self.options.max_num_seqs is not None else set())
@@ -137,7 +142,8 @@ class Space:
         spills = kv.disk > 0 or (self.kv is not None and self.kv.disk > 0)
         bare = self._bare(point, spills=spills)
         weights = self.weights or self._place(bare, point)
-        draft = self.drafts.draft(weights, point.schedule, point.micro_batch_tokens, bare.prefill_tokens, spills=spills)
+        how = {"spills": spills, "host_attention": bare.host_attention}
+        draft = self.drafts.draft(weights, point.schedule, point.micro_batch_tokens, bare.prefill_tokens, **how)
         if point.schedule == "diagonal" and self.options.prefill_tokens is None:
             draft = self._with_quota(draft, kv, point.quota, spills=spills)
         # Rows are gathered as long as any unit streams, because units of the same bytes at home save more reading than the embedding.
@@ -152,13 +158,14 @@ class Space:
         chosen = self.pools.given_to(self.drafts.for_seqs(draft, max_num_seqs), pools, max_num_seqs)
         quota = self.options.prefill_tokens or min(draft.prefill_tokens, max_num_seqs * self.sizes.longest_prompt)
         chosen = dataclasses.replace(chosen, longest_sequence=self.sizes.longest, prefill_tokens=quota)
-        return with_copies(chosen, self.spec, self.sizes)
+        return self.drafts.with_copies(chosen)
 
     def _with_quota(self, draft: Policy, kv: KVHomes, quota: float, *, spills: bool) -> Policy:
         """Return the draft with that share of prompt tokens per pass, or with the most that leaves room for the KV of one request."""
 
         def admitting(tokens: int) -> Policy:
-            return self.drafts.draft(draft.weights, draft.schedule, draft.micro_batch_tokens, tokens, spills=spills)
+            how = {"spills": spills, "host_attention": draft.host_attention}
+            return self.drafts.draft(draft.weights, draft.schedule, draft.micro_batch_tokens, tokens, **how)
 
         wanted = self.sizes.quota(sum(self.pools.sized(self.drafts.free(draft), kv).values()), quota)
         if self._holds_largest(admitting(wanted), kv):
@@ -185,14 +192,17 @@ class Space:
         return _largest(most, is_fed)
 
     def free_memory(self, point: Point, *, spills: bool) -> tuple[Policy, FreeMemory]:
-        """Return a policy of the fewest sequences with all weights on disk, and the memory that it leaves for weights and KV."""
+        """Return a policy with all weights on disk, and the memory that it leaves for weights and KV if the sequences are the fewest.
+
+        Where pages come to the device, the policy is that of many sequences, whose micro-batches are full.
+        """
         bare = self._bare(point, spills=spills)
         many = 1024
         grown: dict[str, float] = {}  # a pinned number of sequences has its workspace already
         if self.options.max_num_seqs is None:
             grown = {tier: size / many for tier, size in self.drafts.growth(bare, 1 + many).items()}
         free = self.drafts.free(bare)
-        return bare, FreeMemory(
+        return self.drafts.for_seqs(bare, many) if bare.kv_ring_bytes else bare, FreeMemory(
             memory_bytes={"device": free["device"], "host": free["host"], "disk": self.disk_bytes},
             disk_growth=self.spec.disk_kv_growth,
             sequence_bytes=grown,
@@ -213,7 +223,9 @@ class Space:
 
     def _bare(self, point: Point, *, spills: bool) -> Policy:
         prefill_tokens = self.options.prefill_tokens or self._least_quota(point.schedule, point.micro_batch_tokens)
-        return self.drafts.draft(Fractions(disk=1.0), point.schedule, point.micro_batch_tokens, prefill_tokens, spills=spills)
+        choices = self.host_attentions()
+        how = {"spills": spills, "host_attention": point.host_attention if point.host_attention in choices else choices[0]}
+        return self.drafts.draft(Fractions(disk=1.0), point.schedule, point.micro_batch_tokens, prefill_tokens, **how)
 
     def _least_quota(self, schedule: str, micro_batch_tokens: int) -> int:
         """Return the fewest prompt tokens that a pass admits: a zigzag block enters at once, a row is one micro-batch."""
@@ -238,13 +250,14 @@ class Space:
         room[self.computing] -= self.sizes.largest
         drafted = (bare.schedule, bare.micro_batch_tokens, bare.prefill_tokens)
         computing = Fractions(host=1.0 - encoded, encoded=encoded) if self.on_cpu else Fractions(device=1.0)
-        whole = self.drafts.draft(computing, *drafted, spills=False)
+        whole = self.drafts.draft(computing, *drafted, spills=False, host_attention=bare.host_attention)
         if self.drafts.free(whole)[self.computing] >= self.sizes.smallest:
             room[self.computing] = math.inf
         elif not self.on_cpu:
             # The weights that the device does not hold may all fit on the host, which then needs no staging.
             rest = self.weight_sizes.placed({**room, "host": math.inf}, on_device, 1.0, encoded)
-            beside = self.drafts.draft(rest, *drafted, spills=bare.kv_staging_bytes > 0)
+            how = {"spills": bare.kv_staging_bytes > 0, "host_attention": bare.host_attention}
+            beside = self.drafts.draft(rest, *drafted, **how)
             room["host"] = math.inf if self.drafts.free(beside)["host"] >= 0 else room["host"]
         return room
 
@@ -264,7 +277,8 @@ class Space:
         """Return the plan with these weights that needs the least memory, without KV; if it `spills`, with staging for KV on disk."""
         schedule, micro_batch_tokens = self.schedules()[0], self.micro_batches()[-1]
         prefill_tokens = self.options.prefill_tokens or self._least_quota(schedule, micro_batch_tokens)
-        return self.drafts.draft(weights, schedule, micro_batch_tokens, prefill_tokens, spills=spills)
+        host_attention = self.host_attentions()[0]
+        return self.drafts.draft(weights, schedule, micro_batch_tokens, prefill_tokens, spills=spills, host_attention=host_attention)
 
 
 def _why_not_encoded(spec: ModelSpec) -> str:

@@ -83,7 +83,7 @@ def steady_states(
     pass_seconds: float | None = None,
     near: float | None = None,
 ) -> list[tuple[Steady, bool]]:
-    """Return the steady states without and with KV on disk, best first.
+    """Return the steady states without and with KV on disk, best first; by either attention to KV in host memory, where some is there.
 
     Args:
         space: The space of policies.
@@ -96,9 +96,10 @@ def steady_states(
     Returns:
         Each steady state, and whether it has KV on disk.
     """
-    point = _point(space, space.schedules()[0], micro_batch_tokens)
     found: list[tuple[Steady, bool]] = []
-    for spills in (False, True) if space.disk_bytes or (space.kv is not None and space.kv.disk > 0) else (False,):
+    spilling = (False, True) if space.disk_bytes or (space.kv is not None and space.kv.disk > 0) else (False,)
+    for spills, host_attention in product(spilling, space.host_attentions()):
+        point = _point(space, space.schedules()[0], micro_batch_tokens, host_attention=host_attention)
         bare, free = space.free_memory(point, spills=spills)
         tiers = space.kv_tiers if spills else tuple(tier for tier in space.kv_tiers if tier != "disk")
         weights = space.weights and dataclasses.asdict(space.weights)
@@ -109,7 +110,7 @@ def steady_states(
         steady = SteadyState(expectation, mean, bare).best(
             free, most, weights=weights, kv=space.kv and dataclasses.asdict(space.kv), kv_tiers=tiers, pass_seconds=pass_seconds
         )
-        if steady is not None:
+        if steady is not None and (host_attention == space.host_attentions()[0] or steady.kv.get("host", 0.0) >= LEAST_SPILL):
             found.append((steady, spills))
     return sorted(found, key=lambda each: -each[0].tokens_per_s)
 
@@ -124,13 +125,14 @@ def starts(
 ) -> Iterator[Point]:
     """Yield points near steady states, the best and others, and at the corners, under every schedule, several quotas, several caps."""
     for schedule in space.schedules():
-        plain = _point(space, schedule, micro_batch_tokens)
+        plain = _point(space, schedule, micro_batch_tokens, host_attention=space.host_attentions()[0])
         free = space.free_axes(schedule)
         near, elsewhere = ([_like(space, plain, each, spills) for each, spills in states] for states in (steady, others))
         places: list[Point] = []
         corners = (*CORNERS, *ENCODED_CORNERS) if "encoded" in free else CORNERS
-        for homes in (0.0, 0.5, 1.0) if "kv_homes" in free else (plain.kv_homes,):
-            places += [dataclasses.replace(plain, kv_homes=homes, **corner) for corner in corners]
+        for homes, host_attention in product((0.0, 0.5, 1.0) if "kv_homes" in free else (plain.kv_homes,), space.host_attentions()):
+            if homes or host_attention == plain.host_attention:
+                places += [dataclasses.replace(plain, kv_homes=homes, host_attention=host_attention, **corner) for corner in corners]
         if "kv_disk" in free:
             places += [dataclasses.replace(plain, kv_disk=1.0), dataclasses.replace(plain, kv_disk=1.0, **CORNERS[0])]
         first = _first_quotas(space)
@@ -146,21 +148,27 @@ def _first_quotas(space: Space) -> tuple[float, ...]:
 
 def varied(ranked: Sequence[Point], best: int) -> list[Point]:
     """Return the best few, then the best of each schedule and kind of homes, between which no single step leads."""
-    kinds: dict[tuple[str, float, bool, int, int], Point] = {}
+    kinds: dict[tuple[str, bool, float, bool, int, int], Point] = {}
     for point in ranked:
-        kind = (point.schedule, round(2 * point.kv_homes), point.kv_disk > 0, round(2 * point.on_host), round(point.encoded))
-        kinds.setdefault(kind, point)
+        homes = (round(2 * point.kv_homes), point.kv_disk > 0, round(2 * point.on_host), round(point.encoded))
+        kinds.setdefault((point.schedule, point.host_attention, *homes), point)
     return list(dict.fromkeys([*ranked[:best], *kinds.values()]))
 
 
-def _point(space: Space, schedule: str, micro_batch_tokens: int) -> Point:
+def _point(space: Space, schedule: str, micro_batch_tokens: int, *, host_attention: bool) -> Point:
     """Return a point with all weights on disk."""
-    return Point(kv_homes=space.default_homes(), embedding=True, schedule=schedule, micro_batch_tokens=micro_batch_tokens)
+    return Point(
+        kv_homes=space.default_homes(),
+        embedding=True,
+        schedule=schedule,
+        micro_batch_tokens=micro_batch_tokens,
+        host_attention=host_attention,
+    )
 
 
 def _like(space: Space, plain: Point, steady: Steady, spills: bool) -> Point:
     """Return the point that comes close to this steady state."""
-    point = dataclasses.replace(plain, kv_disk=steady.kv.get("disk", 0.0) * spills)
+    point = dataclasses.replace(plain, kv_disk=steady.kv.get("disk", 0.0) * spills, host_attention=steady.host_attention)
     point = space.place_like(point, steady.weights, spills=spills)
     return (
         dataclasses.replace(point, kv_homes=_homes_like(space, point, steady)) if "kv_homes" in space.free_axes(plain.schedule) else point

@@ -56,6 +56,7 @@ class Steady:
         weights: The share of the weights per home.
         kv: The share of KV per tier.
         worth: Per tier, the relative gain of tokens/s per byte more of it, at the margin (the dual values).
+        host_attention: Whether the host attends to the KV in its memory for next tokens.
     """
 
     num_seqs: float
@@ -63,6 +64,7 @@ class Steady:
     weights: dict[str, float]
     kv: dict[str, float]
     worth: dict[str, float]
+    host_attention: bool = True
 
 
 class SteadyState:
@@ -70,6 +72,7 @@ class SteadyState:
 
     def __init__(self, expectation: Expectation, mean: RequestLoad, policy: Policy) -> None:
         spec = expectation.spec
+        self._host_attention = policy.host_attention
         fixed = _vector(expectation.resources(PassWork(), policy))
         self.fixed = fixed + expectation.machine.overheads.per_pass
         tiers = TIERS if has_device_tier(policy.device) else ("host", "disk")
@@ -135,6 +138,7 @@ class SteadyState:
             kv={tier: float(x[len(homes) + place]) for place, tier in enumerate(tiers)},
             # One more byte relaxes the tier's row by t, because the row is divided by B.
             worth={tier: float(-dual * x[t] / x[tau]) for tier, dual in memory.items()},
+            host_attention=self._host_attention,
         )
 
     def _memory_row(self, free: FreeMemory, tier: str, size: int) -> Floats:

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flexgen.base.ring import ByteRing, Slot
 from flexgen.errors import EngineError
-from flexgen.weights.ring import ByteRing, Slot
 
 CAPACITY = 100
 
