@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from flexgen.base.recorder import KV_TO_DEVICE, Recorder
+from flexgen.base.recorder import KV_TO_DEVICE, Recorder, recorded
 from flexgen.base.ring import ByteRing, Slot
 from flexgen.devices.base import Device, Event
 from flexgen.devices.chunks import CHUNK_BYTES
@@ -47,15 +47,17 @@ class KVLink:
         ring_bytes: The bytes of the ring, on either side.
         notify: A function that wakes the ready loop.
         recorder: The recorder of the trace; None without one.
+        overlap: Whether there is a thread that runs ahead; otherwise pages are brought when they are lent.
 
     Raises:
         CapacityError: The ring does not fit the device.
     """
 
     def __init__(
-        self, pool: PagePool, backend: Device, ring_bytes: int, notify: Callable[[], None], recorder: Recorder | None = None
-    ) -> None:
-        self._pool, self._backend, self._notify, self._recorder = pool, backend, notify, recorder
+        self, pool: PagePool, backend: Device, ring_bytes: int, notify: Callable[[], None], recorder: Recorder | None = None, *,
+        overlap: bool = True,
+    ) -> None:  # fmt: skip
+        self._pool, self._backend, self._notify, self._recorder, self._overlap = pool, backend, notify, recorder, overlap
         self._where = layer_index(pool.groups)
         self._on_device, self._on_host = backend.allocate(ring_bytes), backend.allocate_host(ring_bytes)
         self._ring = ByteRing(ring_bytes)
@@ -72,7 +74,7 @@ class KVLink:
 
     def begin(self, batches: Sequence[CompactPages]) -> None:
         """Start bringing the pages of these micro-batches, each layer of which is lent once in this pass; the ring holds each of them."""
-        if batches:
+        if batches and self._overlap:
             self._thread = threading.Thread(target=self._run, args=(batches,), name="flexgen-kv-link", daemon=True)
             self._thread.start()
 
@@ -93,15 +95,13 @@ class KVLink:
         slot = self._claim(pages.layer_bytes(group))
         if slot is None:
             return False
-        start = 0 if self._recorder is None else self._recorder.now()
         here, there = (pages.in_memory(group, ring[slot.offset : slot.offset + slot.size]) for ring in (self._on_host, self._on_device))
         event: Event | None = None
-        for index, through, memory in zip(with_tail(self._pool.groups, group), here, there, strict=True):
-            for source, pinned, destination in zip(self._pool.memory[index].planes, through.planes, memory.planes, strict=True):
-                event = self._copy(source[place], pages.ids[index], pinned[0], destination[0]) or event
+        with recorded(self._recorder, KV_TO_DEVICE, f"KV of layer {layer}", bytes=slot.size):
+            for index, through, memory in zip(with_tail(self._pool.groups, group), here, there, strict=True):
+                for source, pinned, destination in zip(self._pool.memory[index].planes, through.planes, memory.planes, strict=True):
+                    event = self._copy(source[place], pages.ids[index], pinned[0], destination[0]) or event
         assert event is not None, "a next token sees its own page"
-        if self._recorder is not None:
-            self._recorder.slice(KV_TO_DEVICE, f"KV of layer {layer}", start, bytes=slot.size)
         with self._lock:
             self._arrived[pages, layer] = Arrival(slot=slot, memories=there, event=event)
         self._notify()
@@ -137,11 +137,13 @@ class KVLink:
     def has_arrived(self, pages: CompactPages, layer: int) -> bool:
         """Return whether a layer of a micro-batch can be lent, or the link has failed."""
         with self._lock:
-            return self._failure is not None or (pages, layer) in self._arrived
+            return not self._overlap or self._failure is not None or (pages, layer) in self._arrived
 
     @contextlib.contextmanager
     def lend(self, pages: CompactPages, layer: int) -> Iterator[KVPages]:
         """Lend a layer that has arrived to the thread that computes; what it submits within the block waits for the pages."""
+        if not self._overlap:
+            self._bring(pages, layer)
         with self._lock:
             if self._failure is not None:
                 raise self._failure

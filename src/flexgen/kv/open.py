@@ -122,7 +122,7 @@ def _open_host(setup: KVSetup) -> Opened:
     ring_bytes = setup.policy.kv_ring_bytes
     if not ring_bytes:
         raise EngineError("attention on the device to KV in host memory needs a ring for its pages")
-    link = KVLink(pool, setup.backend, ring_bytes, setup.notify, setup.recorder)
+    link = KVLink(pool, setup.backend, ring_bytes, setup.notify, setup.recorder, overlap=setup.overlap)
     attention = setup.host_attention("flexgen-host-attention", setup.sparse())
     return pool, LinkedPlace(pool, attention, link, ring_bytes, setup.sparse(saves=False))  # values come with the keys
 

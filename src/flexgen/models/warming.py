@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,10 +12,13 @@ from torch import Tensor
 from flexgen.checkpoint.pieces import Piece
 from flexgen.checkpoint.sources import ParameterSource
 from flexgen.kernels.grouped import GroupedKernels
+from flexgen.kernels.triton_support import compiling
 from flexgen.models.assemble import AssembledModel
 from flexgen.models.expert_sums import ExpertLayer, GroupedRows
 from flexgen.models.experts import expert_layer, scored_expert_layer
 from flexgen.models.tracing import is_experts, is_scored_experts
+from flexgen.weights.binder import encoded_places
+from flexgen.weights.encoded import EncodedNumbers
 from flexgen.weights.unit import DEVICE_ALIGNMENT, UnitForm, UnitLayout, UnitTensor
 
 META = torch.device("meta")
@@ -23,12 +27,13 @@ META = torch.device("meta")
 def decode_without_memory(model: AssembledModel) -> None:
     """Decode one of each kind of tensors that a device decodes, as it does."""
     known: set[object] = set()
-    for layout in (*_layouts(model), *(table.layout for table in model.tables)):
-        data = torch.empty(layout.carried_bytes, dtype=torch.uint8, device=META)
-        for tensor in layout.tensors:
-            if tensor.source.carried_as_stored and (kind := _kind(tensor)) not in known:
-                known.add(kind)
-                tensor.numbers(data, UnitForm.CARRIED, _without_memory)
+    with compiling():
+        for layout in (*_layouts(model), *(table.layout for table in model.tables)):
+            data = _bytes_of(layout)
+            for tensor in layout.tensors:
+                if tensor.source.carried_as_stored and (kind := _kind(tensor)) not in known:
+                    known.add(kind)
+                    tensor.numbers(data, UnitForm.CARRIED, _without_memory)
 
 
 def multiply_without_memory(model: AssembledModel, kernels: GroupedKernels, mean_rows: Sequence[int]) -> None:
@@ -42,12 +47,12 @@ def multiply_without_memory(model: AssembledModel, kernels: GroupedKernels, mean
     if not kernels.covers(model.dtype):
         return
     known: set[object] = set()
-    for name, tensors in _experts(model):
+    for name, tensors in _experts(model, kernels):
         module = model.bound.model.get_submodule(name)
         scored = is_scored_experts(module)
         layer = scored_expert_layer(module) if scored else expert_layer(module)
         choices = 1 if scored else model.experts_per_token[name][0]
-        shapes = tuple((own, each.shape, each.stride(), each.dtype) for own, each in sorted(tensors.items()))
+        shapes = tuple((own, *_form(each)) for own, each in sorted(tensors.items()))
         if (kind := (type(module), choices, layer.num_experts, shapes)) not in known:
             known.add(kind)
             # Routers weigh in the dtype of computing, or in float32.
@@ -57,7 +62,7 @@ def multiply_without_memory(model: AssembledModel, kernels: GroupedKernels, mean
 
 
 def _add(
-    layer: ExpertLayer, kernels: GroupedKernels, tensors: dict[str, Tensor], rows: int, choices: int, dtype: torch.dtype,
+    layer: ExpertLayer, kernels: GroupedKernels, tensors: dict[str, Any], rows: int, choices: int, dtype: torch.dtype,
     weights: torch.dtype | None,
 ) -> None:  # fmt: skip
     """Add the outputs of experts for so many rows."""
@@ -68,19 +73,43 @@ def _add(
         GroupedRows(layer, kernels, x, experts, own).add(tensors, 0)
 
 
-def _experts(model: AssembledModel) -> Iterable[tuple[str, dict[str, Tensor]]]:
-    """Return the names of experts modules, each with the tensors that one unit brings of it."""
+def _experts(model: AssembledModel, kernels: GroupedKernels) -> Iterable[tuple[str, dict[str, Any]]]:
+    """Yield the names of experts modules, each with the tensors that one unit brings of it: decoded, and as they are stored."""
     modules = {name for name, module in model.bound.model.named_modules() if is_experts(module) or is_scored_experts(module)}
-    found: dict[tuple[int, str], dict[str, Tensor]] = defaultdict(dict)
     for layout in _layouts(model):
+        encoded, data = encoded_places(layout, model.bound, kernels), _bytes_of(layout)
+        decoded: dict[str, dict[str, Any]] = defaultdict(dict)
+        stored: dict[str, dict[str, Any]] = {}
         for tensor in layout.tensors:
             if tensor.module in modules:
-                found[layout.index, tensor.module][tensor.parameter] = _without_memory(tensor)
-    return [(name, tensors) for (_, name), tensors in found.items()]
+                decoded[tensor.module][tensor.parameter] = _without_memory(tensor)
+        for (module, parameter), places in encoded.items():
+            numbers = decoded[module][parameter]
+            matrices = places.within(data, numbers.dtype)
+            stored.setdefault(module, dict(decoded[module]))[parameter] = EncodedNumbers(matrices, lambda numbers=numbers: numbers)
+        yield from (*decoded.items(), *stored.items())
+
+
+def _form(bound: Tensor | EncodedNumbers) -> tuple[object, ...]:
+    """Return what distinguishes a tensor from others for kernels."""
+    if isinstance(bound, EncodedNumbers):
+        matrices = bound.matrices
+        parts = matrices.codes, matrices.scales, *(() if matrices.zeros is None else (matrices.zeros,))
+        return (
+            matrices.shape,
+            matrices.group,
+            matrices.zero,
+            *((each.shape, each.stride(), each.dtype, each.storage_offset()) for each in parts),
+        )
+    return bound.shape, bound.stride(), bound.dtype
 
 
 def _layouts(model: AssembledModel) -> tuple[UnitLayout, ...]:
     return *model.layouts, model.residents
+
+
+def _bytes_of(layout: UnitLayout) -> Tensor:
+    return torch.empty(layout.carried_bytes, dtype=torch.uint8, device=META)
 
 
 def _without_memory(tensor: UnitTensor) -> Tensor:

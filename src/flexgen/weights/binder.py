@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 
 from flexgen.kernels.encoded import EncodedPlaces
-from flexgen.kernels.experts import grouped_kernels
+from flexgen.kernels.grouped import GroupedKernels
 from flexgen.weights.encoded import EncodedNumbers
 from flexgen.weights.unit import UnitForm, UnitLayout
 
@@ -31,15 +31,15 @@ class Binder(Protocol):
         ...
 
 
-def encoded_places(layout: UnitLayout, binder: Binder, device: torch.device | None) -> dict[tuple[str, str], EncodedPlaces]:
+def encoded_places(layout: UnitLayout, binder: Binder, kernels: GroupedKernels | None) -> dict[tuple[str, str], EncodedPlaces]:
     """Return where those tensors lie in a unit's carried bytes by which a device multiplies as they are stored, by module and parameter.
 
     Args:
         layout: The unit.
         binder: What its tensors are bound to.
-        device: The device; None if computing happens in host memory, where there are no such tensors.
+        kernels: The kernels of the device; None if it has none, so that there are no such tensors.
     """
-    kernels, found = None if device is None else grouped_kernels(device), dict[tuple[str, str], EncodedPlaces]()
+    found: dict[tuple[str, str], EncodedPlaces] = {}
     if kernels is None:
         return found
     for tensor in layout.tensors:

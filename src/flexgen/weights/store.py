@@ -21,6 +21,7 @@ from flexgen.devices.base import POISON, Device
 from flexgen.io.aligned import AlignedBuffer, allocate_memory
 from flexgen.io.direct_io import FileSet
 from flexgen.io.pool import IOPool
+from flexgen.kernels.experts import grouped_kernels
 from flexgen.plan.policy import DEVICE_SCRATCH_UNITS, HOME_ALIGNMENT, SCRATCH_UNITS
 from flexgen.weights.arrival import Arrival, copy_in, read_unit
 from flexgen.weights.binder import Binder, encoded_places
@@ -88,8 +89,8 @@ class WeightStore:
         pieces = SCRATCH_UNITS if backend is None else DEVICE_SCRATCH_UNITS
         self._scratch = ScratchPool(max(decoding.values(), default=0), pieces, self._allocate)
         self._landing: torch.Tensor | None = None  # where units arrive that the device decodes once
-        device = None if backend is None else backend.device
-        self._encoded = {index: found for index in decoding if (found := encoded_places(streamed[index], binder, device))}
+        kernels = None if backend is None else grouped_kernels(backend.device)
+        self._encoded = {index: found for index in decoding if (found := encoded_places(streamed[index], binder, kernels))}
 
     def _at_home(self, *homes: str) -> list[UnitLayout]:
         return [layout for layout, home in zip(self._layouts, self._homes, strict=True) if home in homes]

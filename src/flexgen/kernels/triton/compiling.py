@@ -11,7 +11,6 @@ from typing import Any
 import triton
 
 from flexgen.base.steps import step
-from flexgen.kernels.triton_support import compiling
 
 logger = logging.getLogger(__name__)
 
@@ -37,9 +36,8 @@ def compile_ahead(calls: Iterable[Callable[[], None]], num_threads: int) -> int:
         triton.AsyncCompileMode(threads, ignore_errors=True) as mode,  # what a thread raises is raised below
     ):
         try:
-            with compiling():
-                for call in calls:
-                    call()
+            for call in calls:
+                call()
             _tell(mode.raw_futures)
         except BaseException:
             threads.shutdown(wait=False, cancel_futures=True)
