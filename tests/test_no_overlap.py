@@ -11,12 +11,22 @@ import pytest
 from test_trace import POLICIES, engine_of, requests
 from traces import Trace, read_trace
 
-from flexgen.base.recorder import COMPUTE, DEVICE_TO_HOST, HOST_TO_DEVICE, IO, PASSES, URGENT_TO_DEVICE, WEIGHTS_TO_DEVICE, Recorder
+from flexgen.base.recorder import (
+    COMPUTE,
+    DEVICE_TO_HOST,
+    HOST_TO_DEVICE,
+    IO,
+    KV_TO_DEVICE,
+    PASSES,
+    URGENT_TO_DEVICE,
+    WEIGHTS_TO_DEVICE,
+    Recorder,
+)
 from flexgen.plan.policy import Fractions, Policy
 
 COMPUTING = (COMPUTE, "host attention", "disk attention")
 COPYING = (
-    "weights from disk", "KV from disk", "KV to disk", IO, WEIGHTS_TO_DEVICE, HOST_TO_DEVICE, URGENT_TO_DEVICE, DEVICE_TO_HOST
+    "weights from disk", "KV from disk", "KV to disk", IO, WEIGHTS_TO_DEVICE, KV_TO_DEVICE, HOST_TO_DEVICE, URGENT_TO_DEVICE, DEVICE_TO_HOST
 )  # fmt: skip
 WAIT = "wait for"
 CASES = {
@@ -25,6 +35,7 @@ CASES = {
         POLICIES["sim"], weights=Fractions(device=1.0), kv=Fractions(device=1.0), kv_disk_bytes=0, kv_staging_bytes=0, kv_tail_bytes=0,
         kv_host_bytes=0,
     ),
+    "sim, attention on the device": replace(POLICIES["sim"], host_attention=False, kv_ring_bytes=1 << 18),
 }  # fmt: skip
 
 

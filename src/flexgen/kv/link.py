@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from flexgen.base.recorder import KV_TO_DEVICE, Recorder, recorded
+from flexgen.base.recorder import COMPUTE, KV_TO_DEVICE, WAITING, Recorder, recorded
 from flexgen.base.ring import ByteRing, Slot
 from flexgen.devices.base import Device, Event
 from flexgen.devices.chunks import CHUNK_BYTES
@@ -143,7 +143,8 @@ class KVLink:
     def lend(self, pages: CompactPages, layer: int) -> Iterator[KVPages]:
         """Lend a layer that has arrived to the thread that computes; what it submits within the block waits for the pages."""
         if not self._overlap:
-            self._bring(pages, layer)
+            with recorded(self._recorder, COMPUTE, "wait for pages", WAITING):
+                self._bring(pages, layer)
         with self._lock:
             if self._failure is not None:
                 raise self._failure
