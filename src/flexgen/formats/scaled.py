@@ -43,7 +43,7 @@ class ScaledMatrices(NumberFormat):
         from flexgen.kernels.encoded import MatrixCodes
 
         (rows, columns), (block_rows, group) = encoding.shape[-2:], self._block
-        if self._bits != 4 or block_rows != 1 or len(encoding.parts) > 2:
+        if self._bits != 4 or block_rows != 1 or len(encoding.parts) != 2:
             return None
         parts = (torch.uint8, (rows, columns // 2)), (encoding.parts[1].tensor.dtype, (rows, -(-columns // group)))
         return MatrixCodes(parts=parts, group=group, zero=None)
