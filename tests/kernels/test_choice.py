@@ -16,16 +16,15 @@ from flexgen.kernels.dequantize.choice import dequantize_kernels, kernels_of
 from flexgen.kernels.dequantize.reference import DequantizeKernels
 from flexgen.kernels.experts import grouped_kernels
 from flexgen.kernels.gathered import GatheredKernels
-from flexgen.kernels.reference import AttentionKernels
-from flexgen.kernels.triton_support import in_triton
+from flexgen.kernels.priced import PricedDequantizeKernels, PricedKernels
+from flexgen.kernels.triton_support import compiling, in_triton
 
 
 def test_kernels_by_device() -> None:
     with attention_kernels(torch.device("cpu"), 2) as on_cpu, attention_kernels(torch.device("meta"), 2) as elsewhere:
         assert isinstance(on_cpu, CpuKernels)
-        assert type(elsewhere) is AttentionKernels
-    if not torch.cuda.is_available():
-        assert type(dequantize_kernels(torch.device("meta"))) is DequantizeKernels
+        assert type(elsewhere) is PricedKernels
+    assert type(dequantize_kernels(torch.device("meta"))) is PricedDequantizeKernels
 
 
 def test_numba_is_imported_only_where_it_computes() -> None:
@@ -80,7 +79,9 @@ def test_tensors_without_memory_are_those_of_a_device_that_is_there(monkeypatch:
     for present, capability, wanted in ((False, (9, 0), False), (True, (7, 5), False), (True, (9, 0), True)):
         monkeypatch.setattr(torch.cuda, "is_available", lambda present=present: present)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
-        assert in_triton(meta, "anything", otherwise="") == wanted
+        with compiling():
+            assert in_triton(meta, "anything", otherwise="") == wanted
+        assert not in_triton(meta, "anything", otherwise=""), "only while kernels are compiled"
         assert (type(kernels_of.__wrapped__(meta)) is not DequantizeKernels) == wanted
 
 
