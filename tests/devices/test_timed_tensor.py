@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ import torch
 from devices.manual_clock import timed_device
 from torch.nn import functional
 
-from flexgen.devices.timed_tensor import TimedTensor
+from flexgen.devices.timed_tensor import Effect, TimedTensor
 
 
 @pytest.fixture(autouse=True)
@@ -23,6 +23,7 @@ class Taken:
     """What operations took."""
 
     def __init__(self) -> None:
+        self.effects: dict[Hashable, Effect] = {}
         self.asked: list[tuple[str, float, float, float]] = []
         self.synchronisations = 0
 

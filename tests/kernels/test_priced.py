@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
-from flexgen.devices.timed_tensor import TimedTensor
+from flexgen.devices.timed_tensor import Effect, TimedTensor
 from flexgen.kernels.attention import attention_kernels
 from flexgen.kernels.dequantize.choice import dequantize_kernels
 from flexgen.kernels.experts import grouped_kernels
@@ -27,6 +27,7 @@ def no_grad() -> Iterator[None]:
 
 class Taken:
     def __init__(self) -> None:
+        self.effects: dict[Hashable, Effect] = {}
         self.asked: list[tuple[str, float, float]] = []
         self.rows = 0.0
 

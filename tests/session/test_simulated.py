@@ -53,37 +53,43 @@ def simulated(
     return simulate_steady(prepared, warmup=1, passes=passes, trace=None if trace is None else str(trace))
 
 
+# A busy machine makes passes longer than what decides them, and no machine makes them shorter.
+LEAST_OVERLAP, MOST_OVERLAP = 0.2, 1.1
+
+
 def test_where_the_link_decides(novels_opt: Path) -> None:
-    """28 MB of weights a pass take half a second, beside which Python's time is small."""
-    report = simulated(novels_opt, box(link=5.6e7), slow_motion=1.0, weights="host=1", kv="device=1")
+    """Weights take half a second in each pass, beside which Python's time is small."""
+    report = simulated(novels_opt, box(link=4e7), slow_motion=1.0, weights="host=1", kv="device=1")
     run = report.steady.run
     assert max(run.busiest_seconds, key=run.busiest_seconds.__getitem__) == "host_to_device"
-    assert run.busiest_seconds["host_to_device"] > 3 * 0.3
-    assert 0.5 < run.overlap < 1.1
-    assert report.busy_seconds["host_to_device"] / report.seconds > 0.5
-    assert run.bytes_moved["host_to_device"] > 3 * 15e6
-    assert run.wait_seconds["weights"] > 0.25 * run.elapsed_seconds
+    assert run.busiest_seconds["host_to_device"] > 1
+    assert LEAST_OVERLAP < run.overlap < MOST_OVERLAP
+    assert run.bytes_moved["host_to_device"] == pytest.approx(4e7 * run.busiest_seconds["host_to_device"], rel=0.4), "rings run ahead"
 
 
 def test_where_computing_decides(novels_opt: Path) -> None:
-    report = simulated(novels_opt, box(flops=1.5e9), slow_motion=1.0, weights="device=1", kv="device=1")
-    run = report.steady.run
+    report = simulated(novels_opt, box(flops=5e8), slow_motion=1.0, weights="device=1", kv="device=1")
+    run, passes = report.steady.run, (*report.steady.steady.warmup, *report.steady.steady.passes)
     assert max(run.busiest_seconds, key=run.busiest_seconds.__getitem__) == "compute"
-    assert run.busiest_seconds["compute"] > 3 * 0.1
-    assert 0.5 < run.overlap < 1.1
-    assert report.busy_seconds["compute"] == pytest.approx(report.seconds, rel=0.5)
+    assert LEAST_OVERLAP < run.overlap < MOST_OVERLAP
+    expected = sum(each.ideal_seconds["compute"] for each in passes)
+    assert report.busy_seconds["compute"] == pytest.approx(expected, rel=0.05), "operations take what the plan counts"
+    assert report.seconds >= report.busy_seconds["compute"]
 
 
 def test_where_attention_on_the_host_decides(novels_opt: Path) -> None:
     report = simulated(novels_opt, box(host_attention=1e6), slow_motion=1.0, weights="device=1", kv="host=1", passes=2)
-    assert report.busy_seconds["host_compute"] / report.seconds > 0.5
-    assert report.steady.run.wait_seconds["attention"] > 0.25 * report.steady.run.elapsed_seconds
+    expected = report.steady.run.forecast["resource_seconds"]["host_compute"]
+    assert report.busy_seconds["host_compute"] / 3 == pytest.approx(expected, rel=0.3), "in three passes"
+    assert report.busy_seconds["host_compute"] / report.seconds > LEAST_OVERLAP
+    assert report.steady.run.wait_seconds["attention"] > LEAST_OVERLAP * report.steady.run.elapsed_seconds
 
 
 def test_slow_motion_changes_what_python_counts_only(novels_opt: Path) -> None:
-    slower = simulated(novels_opt, box(link=1.4e9), slow_motion=25.0, weights="host=1", kv="device=1").steady.run
-    assert slower.overlap > 0.5, "in a pass of 20 ms"
-    assert slower.elapsed_seconds < 0.2
+    fast, slow = (simulated(novels_opt, box(link=1e9), slow_motion=each, weights="host=1", kv="device=1") for each in (1.0, 20.0))
+    assert slow.seconds < fast.seconds
+    assert slow.busy_seconds["host_to_device"] == pytest.approx(fast.busy_seconds["host_to_device"], rel=0.4)
+    assert slow.steady.run.overlap > LEAST_OVERLAP, "in passes of 20 ms"
 
 
 @pytest.mark.parametrize("kv", ["device=1", "host=1", "device=.5,host=.5"])

@@ -10,8 +10,9 @@ in the order of submission; an urgent copy may use the gap before a bulk copy th
 
 from __future__ import annotations
 
+import functools
 import threading
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -20,7 +21,7 @@ import torch
 from flexgen.devices.base import Arenas, Event
 from flexgen.devices.chunks import CHUNK_BYTES, OUTSTANDING_BYTES, Chunks
 from flexgen.devices.clock import Clock, Resource
-from flexgen.devices.timed_tensor import META, TimedTensor
+from flexgen.devices.timed_tensor import META, Effect, TimedTensor
 from flexgen.plan.machine import Machine
 
 
@@ -72,13 +73,14 @@ class _DeviceComputing:
     """
 
     def __init__(self, clock: Clock, prices: Prices) -> None:
-        self._clock, self._prices = clock, prices
+        self._clock, self._seconds = clock, functools.cache(prices.seconds)
+        self.effects: dict[Hashable, Effect] = {}
         self.end = self.busy_seconds = 0.0
         self.synchronisations = 0
 
     def operation(self, kind: str, *, flops: float = 0.0, nbytes: float = 0.0, rows: float = 1.0) -> None:
         if self._clock.runs:
-            seconds = self._prices.seconds(kind, flops, nbytes, rows)
+            seconds = self._seconds(kind, flops, nbytes, rows)
             self.end = max(self.end, self._clock.now()) + seconds
             self.busy_seconds += seconds
 
@@ -97,6 +99,7 @@ class _HostComputing:
 
     def __init__(self, clock: Clock, prices: Prices, cores: Resource, lock: threading.Lock) -> None:
         self._clock, self._prices, self._cores, self._lock = clock, prices, cores, lock
+        self.effects: dict[Hashable, Effect] = {}
 
     def operation(self, kind: str, *, flops: float = 0.0, nbytes: float = 0.0, rows: float = 1.0) -> None:
         if self._clock.runs:

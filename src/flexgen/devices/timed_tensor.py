@@ -1,13 +1,14 @@
 """Tensors without numbers, on which every operation takes the time of its price: what a simulated device with a clock computes on.
 
-They are of torch's meta device, so operations find out shapes and nothing else.  What is read of them is zeros.
+They are of torch's meta device, so operations find out shapes and nothing else.  What is read of them is zeros.  Torch takes long to find
+out shapes, so for arguments of the same shapes it is asked once.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -25,7 +26,13 @@ FREE = frozenset({"empty_like", "new_empty", "new_empty_strided", "_unsafe_view"
 
 
 class Computing(Protocol):
-    """What computes: it gives operations their time."""
+    """What computes: it gives operations their time.
+
+    Attributes:
+        effects: What is known of operations, by their arguments.
+    """
+
+    effects: dict[Hashable, Effect]
 
     def operation(self, kind: str, *, flops: float = 0.0, nbytes: float = 0.0, rows: float = 1.0) -> None:
         """Take the time of an operation of torch; kinds and amounts are those of `OperationPrices.seconds`."""
@@ -41,10 +48,26 @@ class Computing(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Effect:
+    """What an operation yields and needs, for arguments of certain shapes.
+
+    Attributes:
+        out: Its result; any result of that shape serves as well, since nobody writes to it.
+        kind: The kind of operation.
+        amounts: How much of that it is.
+    """
+
+    out: Any
+    kind: str
+    amounts: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Operation:
     """The properties of an operation, as derived from its schema."""
 
     name: str
+    is_view: bool
     is_free: bool
     mutates: bool
 
@@ -54,7 +77,7 @@ def _operation(function: Any) -> _Operation:
     schema = function._schema
     name = schema.name.removeprefix("aten::")
     is_view = any(each.alias_info is not None for each in schema.returns) and not schema.is_mutable
-    return _Operation(name=name, is_free=is_view or name in FREE, mutates=schema.is_mutable)
+    return _Operation(name=name, is_view=is_view, is_free=is_view or name in FREE, mutates=schema.is_mutable)
 
 
 class TimedTensor(torch.Tensor):
@@ -111,10 +134,14 @@ class TimedTensor(torch.Tensor):
         if raw_kwargs.get("device") is not None and torch.device(raw_kwargs["device"]) != META:
             computing.synchronise()
             return torch.zeros(found[0].shape, dtype=raw_kwargs.get("dtype") or found[0].dtype)
-        out = func(*raw_args, **raw_kwargs)
+        if operation.is_view:
+            return _wrapped(func(*raw_args, **raw_kwargs), computing)
+        key = func, _signature(raw_args), _signature(tuple(raw_kwargs.items()))
+        if (effect := computing.effects.get(key)) is None:
+            effect = computing.effects[key] = _effect(operation, func, raw_args, raw_kwargs)
         if not operation.is_free:
-            _spend(computing, operation, raw_args, raw_kwargs, out)
-        return _written(out, found) if operation.mutates else _wrapped(out, computing)
+            computing.operation(effect.kind, **effect.amounts)
+        return args[0] if operation.mutates else _wrapped(effect.out, computing)
 
 
 def _raw(value: Any, found: list[TimedTensor]) -> Any:
@@ -135,29 +162,29 @@ def _wrapped(out: Any, computing: Computing) -> Any:
     return out
 
 
-def _written(out: Any, found: Iterable[TimedTensor]) -> Any:
-    """Return the caller's tensors that an operation has written, in place of their shapes."""
-    if isinstance(out, (list, tuple)):
-        return type(out)(_written(each, found) for each in out)
-    return next((each for each in found if each.raw is out), out)
+def _signature(value: Any) -> Hashable:
+    """Return what a result's shape and price depend on."""
+    if isinstance(value, torch.Tensor):
+        return value.shape, value.stride(), value.dtype
+    return tuple(_signature(each) for each in value) if isinstance(value, (list, tuple)) else value
 
 
-def _spend(computing: Computing, operation: _Operation, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
-    """Take the time of an operation, by its FLOPs and bytes."""
+def _effect(operation: _Operation, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Effect:
+    """Find out what an operation yields, and its FLOPs and bytes; what changes an argument yields no more than that."""
+    out = args[0] if operation.mutates else function(*args, **kwargs)
     given = list(_tensors((*args, *kwargs.values())))
     if operation.name in GATHERS:
         nbytes = 2 * sum(each.nbytes for each in _tensors(out))
     elif operation.name in SCATTERS:
         nbytes = 2 * given[-1].nbytes
     else:
-        nbytes = sum(each.nbytes for each in {id(each): each for each in (*given, *_tensors(out))}.values())
+        nbytes = sum(each.nbytes for each in (given if operation.mutates else [*given, *_tensors(out)]))
     if (places := PRODUCTS.get(operation.name)) is None:
-        computing.operation("memory", nbytes=nbytes)
-        return
+        return Effect(out=out, kind="memory", amounts={"nbytes": nbytes})
     first, second, transposed = args[places[0]], args[places[1]], places[2]
     columns = second.shape[0] if transposed else second.shape[-1]
     rows = math.prod(first.shape[:-1]) if transposed else first.shape[-2]
-    computing.operation("product", flops=2.0 * first.numel() * columns, nbytes=nbytes, rows=rows)
+    return Effect(out=out, kind="product", amounts={"flops": 2.0 * first.numel() * columns, "nbytes": nbytes, "rows": rows})
 
 
 def _tensors(value: Any) -> Iterable[torch.Tensor]:
