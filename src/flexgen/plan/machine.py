@@ -18,7 +18,7 @@ FEW_CORES = 4
 HOST_SHARE, DEVICE_SHARE, DISK_SHARE = 0.8, 0.9, 0.8
 CUDA_BYTES = 512 * MIB  # of a CUDA device: its context and libraries in a process, where they were not measured
 # Of each layer of the model with which `per_layer_and_micro_batch` is measured (profile/overheads.py), as ModelSpec.operations counts.
-LAYER_OPERATIONS = 45
+LAYER_OPERATIONS = 42
 _INT8, _SPARSE = " int8", " sparse "
 NOT_A_MACHINE = "this is not the description of a machine"  # how messages begin
 
