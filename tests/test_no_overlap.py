@@ -113,7 +113,8 @@ def test_no_less_is_moved_and_links_bring_one_unit_at_a_time(serial: Run, parall
         rings = [each.trace.counters.get(f"ring of {name}-link", [0]) for each in (serial, parallel)]
         largest = max(getattr(layout, sizes) for layout in serial.units)
         assert (max(rings[0]) > 0) == (max(rings[1]) > 0)
-        assert max(rings[0]) <= largest
+        lag = 2 if name == "disk" and policy.device == "sim" else 1  # the link behind gives a slot back when computing goes on already
+        assert max(rings[0]) <= lag * largest
     if policy.weights.disk:
         passes = len(serial.trace.slices[PASSES])
         read = [each["name"] for each in serial.trace.slices["weights from disk"]]
