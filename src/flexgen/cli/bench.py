@@ -125,8 +125,9 @@ def _simulated(
 
     prepared = prepare_steady(model, machine, options, **job, slow_motion=slow_motion)
     display.plan(prepared.plan)
-    trace = {"trace": options.trace, "trace_passes": options.trace_passes}
-    simulated = simulate_steady(prepared, **counts, seed=options.seed, **trace, on_progress=display.progress)
+    simulated = simulate_steady(
+        prepared, **counts, seed=options.seed, trace=options.trace, trace_passes=options.trace_passes, on_progress=display.progress
+    )
     return simulated.steady, simulated.to_json()
 
 
