@@ -20,7 +20,7 @@ from flexgen.kernels.reference import AttentionKernels
 
 
 def test_kernels_by_device() -> None:
-    with attention_kernels(torch.device("cpu"), 2) as on_cpu, attention_kernels(torch.device("meta"), 2) as elsewhere:
+    with attention_kernels(torch.device("cpu"), 2) as on_cpu, attention_kernels(torch.device("xpu"), 2) as elsewhere:
         assert isinstance(on_cpu, CpuKernels)
         assert type(elsewhere) is AttentionKernels
     assert type(dequantize_kernels(torch.device("meta"))) is DequantizeKernels

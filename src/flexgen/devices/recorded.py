@@ -80,7 +80,7 @@ class RecordedDevice:
 
     def __init__(self, device: Device, recorder: Recorder) -> None:
         self._of, self._recorder = device, recorder
-        self.device, self.host, self.budget_bytes = device.device, device.host, device.budget_bytes
+        self.device, self.host_device, self.budget_bytes = device.device, device.host_device, device.budget_bytes
         self._in, self._urgent, self._out = (_Stream(recorder, track) for track in (HOST_TO_DEVICE, URGENT_TO_DEVICE, DEVICE_TO_HOST))
 
     @property
