@@ -76,10 +76,10 @@ def test_what_is_pinned_is_what_the_plan_counts(weights: Fractions, assemble: Ca
         engine.load()
         parts = [counted[part] for part in ("weights", ENCODED, "weight staging", "decoding", "copies")]
         pinned = sum(align_up(part, PAGE) for part in parts)
-        assert sum(runtime.registered.values()) == device.host_memory.size_bytes == pinned
+        assert sum(runtime.registered.values()) == device.host.size_bytes == pinned
         used = device.used_bytes
         assert len(list(engine.generate(requests))) == len(requests)
-        assert (device.host_memory.size_bytes, device.used_bytes) == (pinned, used), "no pass needs more"
+        assert (device.host.size_bytes, device.used_bytes) == (pinned, used), "no pass needs more"
 
 
 def test_engines_unpin_what_they_pinned(assemble: Callable[[], AssembledModel]) -> None:

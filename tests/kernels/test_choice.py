@@ -17,13 +17,16 @@ from flexgen.kernels.dequantize.reference import DequantizeKernels
 from flexgen.kernels.experts import grouped_kernels
 from flexgen.kernels.gathered import GatheredKernels
 from flexgen.kernels.priced import PricedDequantizeKernels, PricedKernels
+from flexgen.kernels.reference import AttentionKernels
 from flexgen.kernels.triton_support import compiling, in_triton
 
 
 def test_kernels_by_device() -> None:
-    with attention_kernels(torch.device("cpu"), 2) as on_cpu, attention_kernels(torch.device("meta"), 2) as elsewhere:
+    with attention_kernels(torch.device("cpu"), 2) as on_cpu, attention_kernels(torch.device("xpu"), 2) as elsewhere:
         assert isinstance(on_cpu, CpuKernels)
-        assert type(elsewhere) is PricedKernels
+        assert type(elsewhere) is AttentionKernels
+    assert type(dequantize_kernels(torch.device("xpu"))) is DequantizeKernels
+    assert type(attention_kernels(torch.device("meta"), 2)) is PricedKernels
     assert type(dequantize_kernels(torch.device("meta"))) is PricedDequantizeKernels
 
 

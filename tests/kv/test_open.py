@@ -71,7 +71,7 @@ def test_pages_on_the_host_come_to_the_device_if_the_policy_says_so(io: IOPool) 
     assert not attention_threads()
     places, _ = open_places(replace(opened, policy=replace(opened.policy, host_attention=False, kv_ring_bytes=1 << 16)))
     assert {tier: type(place) for tier, place in places.items()} == {"host": LinkedPlace}
-    assert device.used_bytes == device.host_memory.size_bytes == 1 << 16
+    assert device.used_bytes == device.host.size_bytes == 1 << 16
     places["host"].close()
     device.close()
     assert not attention_threads()

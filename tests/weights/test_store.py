@@ -256,7 +256,7 @@ def test_homes_beside_a_device_are_pages_of_their_own(written: Written) -> None:
         assert all(at + size <= following for (at, size), (following, _) in itertools.pairwise(homes))
         assert opened.backend is not None
         to_decode = max(layout.carried_bytes for layout in written.layouts[1::3])
-        assert opened.backend.host_memory.size_bytes == sum(opened.store.held_bytes().values()) + align_up(to_decode, HOME_ALIGNMENT)
+        assert opened.backend.host.size_bytes == sum(opened.store.held_bytes().values()) + align_up(to_decode, HOME_ALIGNMENT)
 
 
 def test_the_rings_stay_within_their_capacity(written: Written, monkeypatch: pytest.MonkeyPatch) -> None:

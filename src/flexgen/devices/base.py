@@ -39,7 +39,7 @@ class Device(Protocol):
 
     Attributes:
         device: The torch device of tensors to compute with.
-        host: The torch device of host memory beside it, and so of tensors that the host attends with.
+        host_device: The torch device of host memory beside it, and so of tensors that the host attends with.
         bytes_in: The bytes copied to the device so far.
         bytes_out: The bytes copied from the device so far.
         budget_bytes: The most bytes that `allocate` may return in total.
@@ -47,7 +47,7 @@ class Device(Protocol):
     """
 
     device: torch.device
-    host: torch.device
+    host_device: torch.device
     budget_bytes: int
 
     @property
@@ -134,7 +134,7 @@ class Device(Protocol):
 class Arenas:
     """The budget of a device's arenas, and the bytes that were copied; the host beside it is this one."""
 
-    host = HOST
+    host_device = HOST
 
     def __init__(self, budget_bytes: int) -> None:
         self.budget_bytes = budget_bytes

@@ -102,13 +102,13 @@ class SimulatedDevice(Arenas):
         max_delay_seconds: The longest time that waiting for a copy takes.
 
     Attributes:
-        host_memory: The host memory that was given out.
+        host: The host memory that was given out.
     """
 
     def __init__(self, budget_bytes: int, *, seed: int = 0, max_delay_seconds: float = 0.001) -> None:
         super().__init__(budget_bytes)
         self.device = register()
-        self.host_memory = HostArena(None)
+        self.host = HostArena(None)
         self._random = random.Random(seed)
         self._max_delay_seconds = max_delay_seconds
         self._lock = threading.RLock()
@@ -129,7 +129,7 @@ class SimulatedDevice(Arenas):
         return SimTensor(torch.full((size_bytes,), POISON, dtype=torch.uint8), in_arena=True)
 
     def allocate_host(self, size_bytes: int) -> torch.Tensor:
-        return self.host_memory.allocate(size_bytes)
+        return self.host.allocate(size_bytes)
 
     def copy_in(self, destination: torch.Tensor, source: torch.Tensor, after: Event | None = None) -> SimEvent:
         assert after is None or isinstance(after, SimMarker)
@@ -232,7 +232,7 @@ class SimulatedDevice(Arenas):
 
     def close(self) -> None:
         with self._lock, contextlib.ExitStack() as closing:
-            closing.callback(self.host_memory.close)
+            closing.callback(self.host.close)
             for stream in (self._bulk, self._urgent, self._out):
                 if stream:
                     self._settle(stream[-1], closing=True)

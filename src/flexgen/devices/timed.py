@@ -133,7 +133,7 @@ class TimedDevice(Arenas):
         super().__init__(budget_bytes)
         assert machine.host_to_device is not None
         assert machine.device_to_host is not None
-        self.device = self.host = META
+        self.device = self.host_device = META
         self.clock, self._rules = clock, rules or CopyRules()
         self._in_rate, self._out_rate, self._disk_rate = (
             each.typical for each in (machine.host_to_device, machine.device_to_host, machine.disk_read)

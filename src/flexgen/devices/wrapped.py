@@ -16,7 +16,7 @@ class WrappedDevice:
 
     def __init__(self, device: Device) -> None:
         self._of = device
-        self.device, self.host, self.budget_bytes = device.device, device.host, device.budget_bytes
+        self.device, self.host_device, self.budget_bytes = device.device, device.host_device, device.budget_bytes
 
     @property
     def bytes_in(self) -> int:

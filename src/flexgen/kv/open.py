@@ -78,9 +78,9 @@ class KVSetup:
         return divide_pool(groups, sizes[tier], policy.longest_sequence, tail_count(policy, tier))
 
     @property
-    def host(self) -> torch.device:
+    def host_device(self) -> torch.device:
         """The device of host memory."""
-        return self.backend.host if self.backend is not None else HOST
+        return self.backend.host_device if self.backend is not None else HOST
 
     def kernels(self, device: torch.device) -> AttentionKernels:
         return attention_kernels(device, self.policy.compute_threads)
@@ -92,7 +92,7 @@ class KVSetup:
 
     def host_attention(self, worker: str, sparse: SparseAttention | None) -> HostAttention:
         """Return host attention with a worker thread of this name."""
-        kernels, device_kernels = self.kernels(self.host), self.kernels(self.device)
+        kernels, device_kernels = self.kernels(self.host_device), self.kernels(self.device)
         return HostAttention(
             self.groups, kernels, device_kernels, self.staging, self.flow, self.notify, worker, sparse, self.recorder, overlap=self.overlap
         )
