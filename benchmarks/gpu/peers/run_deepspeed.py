@@ -46,7 +46,7 @@ def run(asked: argparse.Namespace) -> dict[str, Any]:
     import deepspeed  # pyright: ignore[reportMissingImports]
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.integrations import HfDeepSpeedConfig
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
     limit_device(asked.device_bytes)
     start = time.perf_counter()
