@@ -111,7 +111,8 @@ def test_next_tokens_are_attended_to_where_it_takes_less_time(make_spec, make_ma
     job = Workload(prompt_lens=(1024,) * 64, output_lens=(64,) * 64)
 
     def best(**options):
-        options = EngineOptions(dtype="bfloat16", kv="host=1", max_num_seqs=64, **options)
+        pins = {"weights": "device=1", "kv": "host=1", "max_num_seqs": 64, "schedule": "zigzag", "micro_batch_tokens": 512}
+        options = EngineOptions(dtype="bfloat16", **pins, **options)
         return solve(space_of(options, spec, machine, limits, job, process_bytes=PROCESS_BYTES))
 
     chosen = best()
