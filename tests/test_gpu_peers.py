@@ -123,22 +123,6 @@ def test_its_tokenizer_is_replaced() -> None:
     assert 1 not in ids[505:]
 
 
-def test_repairs_are_for_one_file_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    package = tmp_path / "originally"
-    package.mkdir()
-    (package / "__init__.py").write_text("")
-    (package / "indices.py").write_text("import dataclasses\n\ndef indices():\n    return [1], [2]\n")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(run_flexgen, "REPAIRS", {"originally.indices": (("return [1], [2]", "return (1,), (2,)"),)})
-    assert run_flexgen.load("originally.indices").indices() == ((1,), (2,))
-    import originally.indices  # pyright: ignore[reportMissingImports]
-
-    assert originally.indices.indices() == ((1,), (2,)), "also for who imports it afterwards"
-    (package / "indices.py").write_text("def indices():\n    return None\n")
-    with pytest.raises(ValueError, match=r"not that of FlexGen 0\.1\.8"):
-        run_flexgen.load("originally.indices")
-
-
 # -- others ---------------------------------------------------------------------------------------------------------------------------
 
 
@@ -222,7 +206,6 @@ def stand_in(folder: Path, body: str) -> Path:
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("")
     (folder / "attr.py").write_text("")
-    (package / "compression.py").write_text("".join(f"# {text}\n" for text, _ in run_flexgen.REPAIRS["flexgen.compression"]))
     (package / "pytorch_backend.py").write_text("def cpu_mem_stats():\n    raise RuntimeError('it does not bear some object')\n")
     (package / "flex_opt.py").write_text(
         "from transformers import AutoTokenizer\nfrom flexgen import pytorch_backend\n\n"

@@ -7,7 +7,6 @@ What stands behind `--` is its own command line.  What is changed, and why:
 * Its prompt comes from a tokenizer that it downloads; the stand-in returns as many ids, padding in front, which costs the same time.
 * At the end it looks through all of Python's objects for tensors in host memory, only to print their bytes.  This may meet objects of newer
   packages that do not bear it, after all has been timed.  It prints 0.
-* Lists as indices mean something else since torch 2.9; two of them, which only compression uses, become tuples when the file is read.
 * Torch may hold no more of the GPU than it is told, so that a larger card stands for a smaller one.
 """
 
@@ -16,13 +15,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
-import importlib.util
 import io
 import re
 import sys
 import time
 import types
-from pathlib import Path
 from typing import Any
 
 from .launch import figures_of, launch, limit_device
@@ -30,13 +27,6 @@ from .launch import figures_of, launch, limit_device
 NEEDS = {"flexgen.flex_opt": "flexgen==0.1.8", "torch": "torch", "transformers": "transformers", "attr": "attrs", "tqdm": "tqdm"}
 PAD_ID = 1  # of OPT
 PROMPT_IDS = (2, 39993, 16, 5, 812, 343, 9)  # the last ids of a prompt; which ones they are changes no time
-# Texts of a module of the original, and what they become.
-REPAIRS = {
-    "flexgen.compression": (
-        ("return data_indices, scale_indices", "return tuple(data_indices), tuple(scale_indices)"),
-        ("data.view(flatten_shape)[indices]", "data.view(flatten_shape)[tuple(indices)]"),
-    ),
-}
 _LOG = re.compile(
     r"peak gpu mem: (?P<peak>[\d.]+) GB\s+projected: (?P<projected>\w+)\s+"
     r"prefill latency: (?P<prefill>[\d.]+) s\s+prefill throughput: [\d.]+ token/s\s+"
@@ -73,35 +63,11 @@ def read_log(text: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def load(name: str) -> types.ModuleType:
-    """Import a module of the original with its repairs.
-
-    Raises:
-        ValueError: It is not the file that they are for.
-    """
-    spec = importlib.util.find_spec(name)
-    assert spec is not None
-    assert spec.origin is not None
-    source = Path(spec.origin).read_text(encoding="utf-8")
-    for text, other in REPAIRS[name]:
-        if source.count(text) != 1:
-            raise ValueError(f"{name} is not that of FlexGen 0.1.8: {text!r} is missing")
-        source = source.replace(text, other)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    parent, _, child = name.rpartition(".")
-    exec(compile(source, spec.origin, "exec"), module.__dict__)
-    setattr(importlib.import_module(parent), child, module)
-    return module
-
-
 def run(asked: argparse.Namespace) -> dict[str, Any]:
     """Run the original, and return its figures."""
     import transformers
 
     setattr(transformers, "AutoTokenizer", Tokenizer)  # noqa: B010 - it is imported from there by name
-    for name in REPAIRS:
-        load(name)
     flex_opt, backend = (importlib.import_module(f"flexgen.{name}") for name in ("flex_opt", "pytorch_backend"))
     setattr(backend, "cpu_mem_stats", lambda: 0)  # noqa: B010
     if asked.device_bytes is not None:
