@@ -84,8 +84,8 @@ def test_tensors_without_memory_are_those_of_a_device_that_is_there(monkeypatch:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
         with compiling():
             assert in_triton(meta, "anything", otherwise="") == wanted
+            assert (type(kernels_of.__wrapped__(meta)) is not DequantizeKernels) == wanted
         assert not in_triton(meta, "anything", otherwise=""), "only while kernels are compiled"
-        assert (type(kernels_of.__wrapped__(meta)) is not DequantizeKernels) == wanted
 
 
 def test_triton_is_imported_only_where_it_computes() -> None:

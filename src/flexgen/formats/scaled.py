@@ -43,9 +43,10 @@ class ScaledMatrices(NumberFormat):
         from flexgen.kernels.encoded import MatrixCodes
 
         (rows, columns), (block_rows, group) = encoding.shape[-2:], self._block
-        if self._bits != 4 or block_rows != 1 or len(encoding.parts) != 2:
+        _, scales, *factors = encoding.parts
+        if self._bits != 4 or block_rows != 1 or factors:
             return None
-        parts = (torch.uint8, (rows, columns // 2)), (encoding.parts[1].tensor.dtype, (rows, -(-columns // group)))
+        parts = (torch.uint8, (rows, columns // 2)), (scales.tensor.dtype, (rows, -(-columns // group)))
         return MatrixCodes(parts=parts, group=group, zero=None)
 
     def decode(self, parts: Sequence[torch.Tensor], start: int, out: torch.Tensor, parallel: Parallel = serially) -> None:
