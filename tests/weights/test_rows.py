@@ -99,13 +99,16 @@ def test_rows_that_lie_together_are_not_gathered(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rows_of_known_ids_cross_the_link_without_waiting(tmp_path: Path, sim: SimulatedDevice, dtype: torch.dtype) -> None:
     rows = EmbeddingRows([table_in(tmp_path, dtype)], Staging(sim))
+    known = [(ids.to(sim.device), ids) for ids in (IDS, IDS + 1, IDS + 2)]
     waited = sim.synchronisations
-    gathered = [rows.rows("embed", ids.to(sim.device), ids) for ids in (IDS, IDS + 1, IDS + 2)]
+    gathered = [rows.rows("embed", there, ids) for there, ids in known]
     assert sim.synchronisations == waited
     sizes = (3 * 8 * dtype.itemsize, IDS.nbytes)  # three different rows each time, and their numbers
     assert sim.bytes_in == 3 * sum(align_up(size, TENSOR_ALIGNMENT) for size in sizes)
     for number, (found, renumbered) in enumerate(gathered):
         assert torch.equal(found[renumbered].cpu(), NUMBERS[IDS + number].to(dtype))
-    rows.rows("embed", IDS.to(sim.device))
+    there = IDS.to(sim.device)
+    waited = sim.synchronisations
+    rows.rows("embed", there)
     assert sim.synchronisations > waited, "unknown ids are copied to the host"
     rows.close()
