@@ -115,7 +115,7 @@ def test_experts_are_chosen_alike_often(taken: Taken) -> None:
     assert taken.rows == 5
     taken.asked.clear()
     kernels.add(out[1], None, pairs, second, tensor(taken, 40, 32))
-    assert taken.asked == [("memory", 0, 5 * 32 * 2 + 2 * 40 * 32 * 2)]
+    assert taken.asked == [("memory", 0, 5 * 32 * 2 + 2 * 5 * 32 * 2)], "five of the forty sums"
 
 
 def test_decoding_is_priced_by_what_it_yields(taken: Taken) -> None:

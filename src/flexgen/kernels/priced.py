@@ -128,8 +128,9 @@ class PricedGroupedKernels:
         return out
 
     def add(self, rows: Tensor, weights: Tensor | None, pairs: SortedPairs, window: Window, total: Tensor) -> None:
-        nbytes = _expected_pairs(pairs, window) * rows.shape[1] * rows.element_size() + 2 * total.nbytes
-        _priced(rows).spend("memory", nbytes=nbytes)
+        count = _expected_pairs(pairs, window)  # rows that have none in the window are not touched
+        sums = 2 * min(count, len(total)) * total.element_size()
+        _priced(rows).spend("memory", nbytes=(count * rows.element_size() + sums) * rows.shape[1])
 
 
 def _expected_pairs(pairs: SortedPairs, window: Window) -> float:
