@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import threading
 from collections.abc import Iterator
@@ -14,10 +15,10 @@ import torch
 from flexgen.devices import sim
 from flexgen.devices.sim import SimulatedDevice
 from flexgen.devices.staging import Staging
-from flexgen.kv.host import HostAttention, HostPlace
+from flexgen.kv.host import HostAttention, HostPlace, HostView
 from flexgen.kv.place import DeferredAttention, PendingAttention, View
 from flexgen.plan.policy import PROMPTS_ON_THE_WAY
-from tests.kv.test_places import LAYERS, Bench, Conversation, Piece, as_slice, attend, finished, open_host
+from tests.kv.test_places import LAYERS, PAGE_TOKENS, Bench, Conversation, Piece, as_slice, attend, finished, open_host
 
 
 @pytest.fixture
@@ -111,6 +112,74 @@ def test_prompts_whose_kv_has_no_room_wait_and_stop_nothing_else(beside: Bench) 
         torch.testing.assert_close(finished(answer)[0].cpu(), conversation.dense(0, start, length), rtol=1e-9, atol=1e-9)
     beside.place.finish_pass()
     assert attention.flow.has_room()
+
+
+class Late:
+    """The completion of a copy, which the host does not see before it may."""
+
+    def __init__(self, event: Any, may_be_seen: threading.Event) -> None:
+        self._event, self._may_be_seen = event, may_be_seen
+
+    def done(self) -> bool:
+        return self._may_be_seen.is_set() and self._event.done()
+
+    def wait(self) -> None:
+        assert_set(self._may_be_seen)
+        self._event.wait()
+
+
+def begun(bench: Bench, batches: list[list[Piece]]) -> list[View]:
+    """The views of a pass that is about to run."""
+    views = [started(bench, pieces) for pieces in batches]
+    bench.place.begin_pass(views)
+    return views
+
+
+def test_next_tokens_do_not_wait_for_what_prompts_store(beside: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompt, step = (Conversation(20, beside.cache.admit("host")) for _ in range(2))
+    beside.run_pass([(step, 0, 3)], random.Random(0))
+    batches: list[list[Piece]] = [[(prompt, 0, 5)], [(step, 3, 1)]]
+    of_prompt, of_step = begun(beside, batches)
+    may_be_seen, really = threading.Event(), Staging.to_host
+
+    def to_host(staging: Staging, *tensors: torch.Tensor) -> Any:
+        copies = really(staging, *tensors)
+        return dataclasses.replace(copies, event=Late(copies.event, may_be_seen))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Staging, "to_host", to_host)
+        attend(of_prompt, 0, batches[0], beside.device)
+    answer = attend(of_step, 0, batches[1], beside.device)
+    assert not isinstance(answer, torch.Tensor)
+    torch.testing.assert_close(finished(answer)[0].cpu(), step.dense(0, 3, 1), rtol=1e-9, atol=1e-9)
+    assert not may_be_seen.is_set()
+    may_be_seen.set()
+    beside.place.finish_pass()
+
+
+def test_next_tokens_that_see_what_a_prompt_stores_do_wait(beside: Bench) -> None:
+    """So do those whose own page is seen by a prompt; those that only share what was stored before do not."""
+    prompt, step = (Conversation(20, beside.cache.admit("host")) for _ in range(2))
+    beside.run_pass([(step, 0, 12), (prompt, 0, 12)], random.Random(0))
+    pages = [[list(table) for table in each.kv.tables] for each in (prompt, step)]
+
+    def goes_first(batches: list[list[Piece]]) -> bool:
+        view = begun(beside, batches)[-1]
+        assert isinstance(view, HostView)
+        return view.goes_first
+
+    batches: list[list[Piece]] = [[(prompt, 12, 4)], [(step, 12, 1)]]
+    assert goes_first(batches)
+    for table, others in zip(step.kv.tables, pages[0], strict=True):
+        table[0] = others[0]
+    assert goes_first(batches), "the first page was complete before"
+    for table, others in zip(step.kv.tables, prompt.kv.tables, strict=True):
+        table[12 // PAGE_TOKENS] = others[12 // PAGE_TOKENS]
+    assert not goes_first(batches)
+    assert not HostView(attention_of(beside), attention_of(beside).plan([as_slice((step, 12, 1))]), lambda layer: None).goes_first  # type: ignore[arg-type]
+    for conversation, own in zip((prompt, step), pages, strict=True):
+        for table, ids in zip(conversation.kv.tables, own, strict=True):
+            table[: len(ids)] = ids
 
 
 def test_kv_of_prompts_that_go_on_leaves_when_it_is_taken(beside: Bench) -> None:

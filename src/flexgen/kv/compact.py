@@ -48,10 +48,6 @@ class CompactPages:
         """
         return tuple(_without_sealing(each) for each in KVPlan(self._groups, self._slices, sparse).groups)
 
-    def meet(self, stored: Sequence[np.ndarray]) -> bool:
-        """Return whether some of these pages are among those of other tokens, given by their ids for each layer group."""
-        return any(bool(np.isin(ids.numpy(), others).any()) for ids, others in zip(self.ids, stored, strict=True))
-
     @property
     def largest_layer_bytes(self) -> int:
         """The bytes of the pages in the layer where they take most."""

@@ -1,8 +1,9 @@
 """KV on the host beside a device: next tokens are attended to on the host, prompts on the device.
 
-q and the new k, v cross the link as one copy; meanwhile the device continues with other micro-batches.  One worker thread runs jobs
-in order, so that what a pass writes is complete before a later job reads it.  It sleeps until the copy of its job has arrived, and submits
-the copy of the result without waiting for it: computing does, when the micro-batch goes on.
+q and the new k, v cross the link as one copy; meanwhile the device continues with other micro-batches.  One worker thread runs jobs in
+order, each as soon as its copy has arrived, so that what a pass writes is complete before a later job reads it.  Next tokens that see
+nothing of what the prompts of the pass store, as nearly all, have a queue of their own: keys and values of prompts arrive late, when the
+device has computed them.  The copy of a result is submitted without waiting for it: computing does, when the micro-batch goes on.
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ from typing import Any
 import torch
 
 from flexgen.base.recorder import Recorder, recorded
+from flexgen.devices.base import Event
 from flexgen.devices.staging import DeviceCopies, Staging
 from flexgen.kernels.reference import AttentionKernels
 from flexgen.kv.flow import KVFlow
 from flexgen.kv.format import KVPages
 from flexgen.kv.pages import KVGroup, PagePool, layer_index
-from flexgen.kv.place import Answer, DeferredAttention, PendingAttention, Place
+from flexgen.kv.pass_pages import PassPages
+from flexgen.kv.place import Answer, DeferredAttention, PendingAttention, Place, View
 from flexgen.kv.plan import GroupPlans, KVPlan
 from flexgen.kv.sinks import HostSinks
 from flexgen.kv.sparse import SparseAttention
@@ -61,7 +64,8 @@ class HostAttention:
         self.kernels, self.device_kernels = kernels, device_kernels
         self.staging, self.flow, self.notify = staging, flow, notify
         self.where = layer_index(groups)
-        self.worker, self.sinks = Worker(worker) if overlap else AtOnce(), HostSinks()
+        self.worker = Worker(worker) if overlap else AtOnce()
+        self.sinks = {first: HostSinks() for first in (False, True)}  # of each queue of the worker
         self._groups, self._sparse = groups, sparse
 
     def plan(self, slices: Sequence[Slice]) -> KVPlan:
@@ -72,7 +76,10 @@ class HostAttention:
         """Return a view of pages that are lent layer by layer."""
         return HostView(self, self.plan(slices), lend)
 
-    def later(self, job: Callable[[], Any], complete: Callable[[Any], torch.Tensor], name: str, layer: int) -> PendingAttention:
+    def later(
+        self, job: Callable[[], Any], complete: Callable[[Any], torch.Tensor], name: str, layer: int, arrival: Event | None, *,
+        first: bool = False,
+    ) -> PendingAttention:  # fmt: skip
         """Run a job on the worker; its error is also raised to the micro-batch that waits for it.
 
         Args:
@@ -80,6 +87,8 @@ class HostAttention:
             complete: See `PendingAttention`.
             name: What the job does, for the trace.
             layer: The layer that it is done for.
+            arrival: See `Worker.submit`.
+            first: See there.
         """
         pending = PendingAttention(complete)
 
@@ -90,11 +99,11 @@ class HostAttention:
                 pending.finish(None, error)
                 raise
 
-        self.submit(run, name, layer)
+        self.submit(run, name, layer, arrival, first=first)
         return pending
 
-    def submit(self, job: Callable[[], None], name: str, layer: int) -> None:
-        """Run a job on the worker, whose end wakes the ready loop; for `name` and `layer` see `later`."""
+    def submit(self, job: Callable[[], None], name: str, layer: int, arrival: Event | None, *, first: bool = False) -> None:
+        """Run a job on the worker, whose end wakes the ready loop; for the arguments see `later`."""
 
         def run() -> None:
             try:
@@ -103,7 +112,7 @@ class HostAttention:
             finally:
                 self.notify()
 
-        self.worker.submit(run)
+        self.worker.submit(run, arrival, first=first)
 
     def close(self) -> None:
         self.worker.close()
@@ -131,6 +140,14 @@ class HostPlace(Place):
     def _pages_of(self, layer: int) -> contextlib.AbstractContextManager[KVPages]:
         return contextlib.nullcontext(self.pool.pages[layer])
 
+    def begin_pass(self, views: Sequence[View]) -> None:
+        """Find out which next tokens need not wait for what prompts store."""
+        groups = self.pool.groups
+        prompts = PassPages.of(groups, [each for view in views for each in view.plan.prompts])
+        for view in views:
+            if isinstance(view, HostView) and not view.plan.prompts:
+                view.goes_first = not prompts.meet(PassPages.of(groups, view.plan.steps))
+
     def finish_pass(self) -> None:
         self._attention.worker.drain()
 
@@ -144,10 +161,12 @@ class HostView:
     Attributes:
         plan: The index tensors on the host, where the pages are.
         device_groups: The same index tensors on the computing device, which needs them for prompts only.
+        goes_first: Whether its jobs are those of next tokens that need not wait for prompts, see `Worker.submit`.
     """
 
     def __init__(self, attention: HostAttention, plan: KVPlan, lend: LendPages) -> None:
         self._attention, self.plan, self._lend = attention, plan, lend
+        self.goes_first = False
         self.device_groups: GroupPlans = plan.groups if plan.prompts else ()
         self._heads: dict[int, Heads] = {}  # by layer, for later calls of layers that share its keys
 
@@ -162,18 +181,21 @@ class HostView:
 
     def _attend_steps(self, call: AttentionCall, group: int) -> PendingAttention:
         attention, plan = self._attention, self.plan.groups[group]
-        new, sinks = call.new or (), attention.sinks.missing(call)
+        kept, first = attention.sinks[self.goes_first], self.goes_first
+        new, sinks = call.new or (), kept.missing(call)
         copies = attention.staging.to_host(step_queries(call, plan.num_steps), *new, *sinks)
 
         def job() -> DeviceCopies:
             with copies.arrived() as (query, *others), self._lend(call.layer) as pages:
                 if call.new is not None:
                     plan.write(attention.kernels, (others[0], others[1]), pages)
-                here = dataclasses.replace(call, sinks=attention.sinks.of(call, others[len(new) :]))
+                here = dataclasses.replace(call, sinks=kept.of(call, others[len(new) :]))
                 attended = plan.attend_steps(attention.kernels, here, query, pages)
             return attention.staging.to_device(attended)
 
-        return attention.later(job, lambda attended: step_outputs(call, attended.take()[0])[None], "attention", call.layer)
+        return attention.later(
+            job, lambda attended: step_outputs(call, attended.take()[0])[None], "attention", call.layer, copies.event, first=first
+        )
 
     def _attend_prompts(self, call: AttentionCall, group: int) -> Answer:
         """Attend to prompts on the device; their keys and values are copied to the pages, and stored tokens before them from the pages."""
@@ -205,8 +227,8 @@ class HostView:
             return self._attended(call, group, taken)
 
         if continued:
-            return attention.later(fetch, fetched, "KV of prompts", call.layer)
-        attention.submit(store_only, "KV of prompts", call.layer)
+            return attention.later(fetch, fetched, "KV of prompts", call.layer, copies.event)
+        attention.submit(store_only, "KV of prompts", call.layer, copies.event)
         return self._attended(call, group, [None] * len(self.plan.prompts))
 
     def _attended(self, call: AttentionCall, group: int, past: Sequence[Past]) -> torch.Tensor:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 
 from flexgen.kv.compact import CompactPages
@@ -51,10 +50,10 @@ class LinkedPlace(HostPlace):
 
     def begin_pass(self, views: Sequence[View]) -> None:
         """Start bringing the pages of next tokens, but of those that see what prompts of this pass store."""
-        stored = _stored_by(self.pool.groups, [each for view in views for each in view.plan.prompts])
+        super().begin_pass(views)
         linked: list[CompactPages] = []
         for view in views:
-            if isinstance(view, LinkedView) and self._link.holds(view.pages) and not view.pages.meet(stored):
+            if isinstance(view, LinkedView) and self._link.holds(view.pages) and view.goes_first:
                 view.is_linked, view.device_groups = True, view.pages.plan(self._sparse)
                 linked.append(view.pages)
         self._link.begin(linked)
@@ -111,7 +110,7 @@ class LinkedView(HostView):
             finally:
                 self._flow.leave()
 
-        attention.submit(store, "KV of next tokens", call.layer)
+        attention.submit(store, "KV of next tokens", call.layer, copies.event, first=self.goes_first)
 
     def _attended_on_device(self, call: AttentionCall) -> torch.Tensor:
         kernels, plan = self._attention.device_kernels, self.device_groups[self._attention.where[call.layer][0]]
@@ -129,15 +128,3 @@ def _most_layer_bytes(groups: Sequence[KVGroup], position: int) -> int:
         tails = sum(groups[each].layer_page_bytes for each in with_tail(groups, index)[1:])
         most = max(most, count * group.layer_page_bytes + tails)
     return most
-
-
-def _stored_by(groups: Sequence[KVGroup], prompts: Sequence[Slice]) -> list[np.ndarray]:
-    """Return for each layer group the ids of the pages that prompts store something in."""
-    stored: list[np.ndarray] = []
-    for index, group in enumerate(groups):
-        first = [0 if group.tail_of is not None else each.start // group.page_tokens for each in prompts]
-        pages = [
-            page for each, start in zip(prompts, first, strict=True) for page in each.tables[index][start : group.num_pages(each.stop)]
-        ]
-        stored.append(np.array(pages, dtype=np.int64))
-    return stored
