@@ -97,7 +97,7 @@ def test_prompts_whose_kv_has_no_room_wait_and_stop_nothing_else(beside: Bench) 
     beside.run_pass([(step, 0, 3)], random.Random(0))
     may_go_on = threading.Event()
     attention = attention_of(beside)
-    attention.worker.submit(lambda: assert_set(may_go_on))
+    attention.lane.worker.submit(lambda: assert_set(may_go_on))
     pieces: list[Piece] = [(each, 0, 5) for each in prompts]
     answers = [attend(started(beside, [piece]), 0, [piece], beside.device) for piece in pieces]
     assert [isinstance(each, torch.Tensor) for each in answers] == [True] * PROMPTS_ON_THE_WAY + [False]
@@ -163,20 +163,20 @@ def test_next_tokens_that_see_what_a_prompt_stores_do_wait(beside: Bench) -> Non
     beside.run_pass([(step, 0, 12), (prompt, 0, 12)], random.Random(0))
     pages = [[list(table) for table in each.kv.tables] for each in (prompt, step)]
 
-    def goes_first(batches: list[list[Piece]]) -> bool:
+    def is_apart(batches: list[list[Piece]]) -> bool:
         view = begun(beside, batches)[-1]
         assert isinstance(view, HostView)
-        return view.goes_first
+        return view.is_apart
 
     batches: list[list[Piece]] = [[(prompt, 12, 4)], [(step, 12, 1)]]
-    assert goes_first(batches)
+    assert is_apart(batches)
     for table, others in zip(step.kv.tables, pages[0], strict=True):
         table[0] = others[0]
-    assert goes_first(batches), "the first page was complete before"
+    assert is_apart(batches), "the first page was complete before"
     for table, others in zip(step.kv.tables, prompt.kv.tables, strict=True):
         table[12 // PAGE_TOKENS] = others[12 // PAGE_TOKENS]
-    assert not goes_first(batches)
-    assert not HostView(attention_of(beside), attention_of(beside).plan([as_slice((step, 12, 1))]), lambda layer: None).goes_first  # type: ignore[arg-type]
+    assert not is_apart(batches)
+    assert not HostView(attention_of(beside), attention_of(beside).plan([as_slice((step, 12, 1))]), lambda layer: None).is_apart  # type: ignore[arg-type]
     for conversation, own in zip((prompt, step), pages, strict=True):
         for table, ids in zip(conversation.kv.tables, own, strict=True):
             table[: len(ids)] = ids

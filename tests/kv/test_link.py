@@ -202,7 +202,7 @@ def test_few_micro_batches_have_new_keys_and_values_on_their_way(linked: Bench) 
     batch: list[Piece] = [(conversation, 5, 1)]
     (view,) = begun(linked, [batch])
     may_go_on = threading.Event()
-    place_of(linked)._attention.worker.submit(lambda: may_go_on.wait(60) and None)
+    place_of(linked)._attention.apart.worker.submit(lambda: may_go_on.wait(60) and None)
     for layer in range(STEPS_ON_THE_WAY):
         assert_right(attend(view, layer, batch, linked.device), layer, batch)
     answer = attend(view, STEPS_ON_THE_WAY, batch, linked.device)

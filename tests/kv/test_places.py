@@ -287,16 +287,17 @@ def open_gathered(folder: Path, groups: Groups = GROUPS) -> Bench:
     return Bench(LocalPlace(pool, GatheredKernels()), KVCache(groups, {"device": pool}), "device", [device.close], copies=copies)
 
 
-def host_attention(groups: Groups, device: SimulatedDevice | None, *, overlap: bool = True) -> HostAttention:
+def host_attention(groups: Groups, device: SimulatedDevice | None, *, overlap: bool = True, has_two: bool = False) -> HostAttention:
     flow = KVFlow.of(has_device=device is not None)
     kernels = AttentionKernels(), AttentionKernels()
-    return HostAttention(groups, *kernels, Staging(device), flow, nothing, "flexgen-test-attention", overlap=overlap)
+    apart = AttentionKernels() if has_two else None
+    return HostAttention(groups, *kernels, Staging(device), flow, nothing, "flexgen-test-attention", overlap=overlap, apart=apart)
 
 
 def open_host(folder: Path, groups: Groups = GROUPS, *, overlap: bool = True) -> Bench:
     device = SimulatedDevice(1 << 20, max_delay_seconds=0.0001)
     pool = PagePool(groups, [NUM_PAGES] * len(groups), poisoned)
-    place = HostPlace(pool, host_attention(groups, device, overlap=overlap))
+    place = HostPlace(pool, host_attention(groups, device, overlap=overlap, has_two=True))
     return Bench(place, KVCache(groups, {"host": pool}), "host", [device.close], copies=PackedCopies(Staging(device)))
 
 
@@ -304,7 +305,9 @@ def open_linked(folder: Path, groups: Groups = GROUPS, *, ring_bytes: int = 1 <<
     device = SimulatedDevice(1 << 21, max_delay_seconds=0.0001)
     pool = PagePool(groups, [NUM_PAGES] * len(groups), poisoned)
     link, flow = KVLink(pool, device, ring_bytes, nothing), KVFlow.of(has_device=True)
-    attention = HostAttention(groups, AttentionKernels(), GatheredKernels(), Staging(device), flow, nothing, "flexgen-test-attention")
+    attention = HostAttention(
+        groups, AttentionKernels(), GatheredKernels(), Staging(device), flow, nothing, "flexgen-test-attention", apart=AttentionKernels()
+    )
     place = LinkedPlace(pool, attention, link, ring_bytes)
     return Bench(place, KVCache(groups, {"host": pool}), "host", [device.close], copies=PackedCopies(Staging(device)))
 

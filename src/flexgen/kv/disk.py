@@ -99,10 +99,10 @@ class DiskPlace(Place):
         self._writes.append(ticket)
 
     def _recorded_wait(self, name: str) -> contextlib.AbstractContextManager[object]:
-        return recorded(self._attention.recorder, self._attention.track, name, WAITING)
+        return recorded(self._attention.recorder, self._attention.lane.track, name, WAITING)
 
     def finish_pass(self) -> None:
-        self._attention.worker.drain()
+        self._attention.drain()
         self.read_ahead.finish()
         for ticket in self._writes:
             ticket.wait()

@@ -1,9 +1,11 @@
 """KV on the host beside a device: next tokens are attended to on the host, prompts on the device.
 
-q and the new k, v cross the link as one copy; meanwhile the device continues with other micro-batches.  One worker thread runs jobs in
-order, each as soon as its copy has arrived, so that what a pass writes is complete before a later job reads it.  Next tokens that see
-nothing of what the prompts of the pass store, as nearly all, have a queue of their own: keys and values of prompts arrive late, when the
-device has computed them.  The copy of a result is submitted without waiting for it: computing does, when the micro-batch goes on.
+q and the new k, v cross the link as one copy; meanwhile the device continues with other micro-batches.  A worker thread runs jobs in
+order, so that what a pass writes is complete before a later job reads it.  It sleeps until the copy of its job has arrived, and submits
+the copy of the result without waiting for it: computing does, when the micro-batch goes on.
+
+Keys and values of prompts arrive late, when the device has computed them.  Next tokens that see nothing of what the prompts of the pass
+store, which are nearly all, therefore have a worker of their own.
 """
 
 from __future__ import annotations
@@ -16,7 +18,6 @@ from typing import Any
 import torch
 
 from flexgen.base.recorder import Recorder, recorded
-from flexgen.devices.base import Event
 from flexgen.devices.staging import DeviceCopies, Staging
 from flexgen.kernels.reference import AttentionKernels
 from flexgen.kv.flow import KVFlow
@@ -36,8 +37,67 @@ from flexgen.passes.plan import Slice
 LendPages = Callable[[int], contextlib.AbstractContextManager[KVPages]]
 
 
+class Lane:
+    """A worker, with what its jobs compute with.
+
+    Args:
+        name: The name of its thread.
+        kernels: The kernels of the host, for this worker alone.
+        notify: A function that wakes the ready loop.
+        recorder: The recorder of the trace; None without one.
+        overlap: Whether there is a thread; otherwise jobs run at once on the thread that computes.
+
+    Attributes:
+        track: The track of the thread in the trace.
+    """
+
+    def __init__(
+        self, name: str, kernels: AttentionKernels, notify: Callable[[], None], recorder: Recorder | None, *, overlap: bool
+    ) -> None:
+        self._notify, self._recorder, self.track = notify, recorder, name.removeprefix("flexgen-").replace("-", " ")
+        self.kernels, self.sinks = kernels, HostSinks()
+        self.worker = Worker(name) if overlap else AtOnce()
+
+    def later(self, job: Callable[[], Any], complete: Callable[[Any], torch.Tensor], name: str, layer: int) -> PendingAttention:
+        """Run a job on the worker; its error is also raised to the micro-batch that waits for it.
+
+        Args:
+            job: The job.
+            complete: See `PendingAttention`.
+            name: What the job does, for the trace.
+            layer: The layer that it is done for.
+        """
+        pending = PendingAttention(complete)
+
+        def run() -> None:
+            try:
+                pending.finish(job())
+            except BaseException as error:
+                pending.finish(None, error)
+                raise
+
+        self.submit(run, name, layer)
+        return pending
+
+    def submit(self, job: Callable[[], None], name: str, layer: int) -> None:
+        """Run a job on the worker, whose end wakes the ready loop; for `name` and `layer` see `later`."""
+
+        def run() -> None:
+            try:
+                with recorded(self._recorder, self.track, f"{name} of layer {layer}"):
+                    job()
+            finally:
+                self._notify()
+
+        self.worker.submit(run)
+
+    def close(self) -> None:
+        self.worker.close()
+        self.kernels.close()
+
+
 class HostAttention:
-    """Attention to pages in host memory, computed by a worker thread.
+    """Attention to pages in host memory, computed by worker threads.
 
     Args:
         groups: The layer groups.
@@ -50,22 +110,23 @@ class HostAttention:
         sparse: What generated tokens keep of what they see; None for all of it.
         recorder: The recorder of the trace; None without one.
         overlap: Whether there is a thread; otherwise the thread that computes attends on the host, too.
+        apart: Kernels of the host for a second thread, see Attributes; None for one thread.
 
     Attributes:
-        track: The track of the thread in the trace.
+        lane: The thread whose jobs are done in order.
+        apart: The thread for next tokens that depend on nothing that prompts of the same pass store; the same one if there is but one.
     """
 
     def __init__(
         self, groups: Sequence[KVGroup], kernels: AttentionKernels, device_kernels: AttentionKernels, staging: Staging, flow: KVFlow,
         notify: Callable[[], None], worker: str, sparse: SparseAttention | None = None, recorder: Recorder | None = None,
-        *, overlap: bool = True,
+        *, overlap: bool = True, apart: AttentionKernels | None = None,
     ) -> None:  # fmt: skip
-        self.recorder, self.track = recorder, worker.removeprefix("flexgen-").replace("-", " ")
-        self.kernels, self.device_kernels = kernels, device_kernels
+        self.recorder, self.device_kernels = recorder, device_kernels
         self.staging, self.flow, self.notify = staging, flow, notify
         self.where = layer_index(groups)
-        self.worker = Worker(worker) if overlap else AtOnce()
-        self.sinks = {first: HostSinks() for first in (False, True)}  # of each queue of the worker
+        self.lane = Lane(worker if apart is None else f"{worker}-in-order", kernels, notify, recorder, overlap=overlap)
+        self.apart = self.lane if apart is None else Lane(worker, apart, notify, recorder, overlap=overlap)
         self._groups, self._sparse = groups, sparse
 
     def plan(self, slices: Sequence[Slice]) -> KVPlan:
@@ -76,47 +137,14 @@ class HostAttention:
         """Return a view of pages that are lent layer by layer."""
         return HostView(self, self.plan(slices), lend)
 
-    def later(
-        self, job: Callable[[], Any], complete: Callable[[Any], torch.Tensor], name: str, layer: int, arrival: Event | None, *,
-        first: bool = False,
-    ) -> PendingAttention:  # fmt: skip
-        """Run a job on the worker; its error is also raised to the micro-batch that waits for it.
-
-        Args:
-            job: The job.
-            complete: See `PendingAttention`.
-            name: What the job does, for the trace.
-            layer: The layer that it is done for.
-            arrival: See `Worker.submit`.
-            first: See there.
-        """
-        pending = PendingAttention(complete)
-
-        def run() -> None:
-            try:
-                pending.finish(job())
-            except BaseException as error:
-                pending.finish(None, error)
-                raise
-
-        self.submit(run, name, layer, arrival, first=first)
-        return pending
-
-    def submit(self, job: Callable[[], None], name: str, layer: int, arrival: Event | None, *, first: bool = False) -> None:
-        """Run a job on the worker, whose end wakes the ready loop; for the arguments see `later`."""
-
-        def run() -> None:
-            try:
-                with recorded(self.recorder, self.track, f"{name} of layer {layer}"):
-                    job()
-            finally:
-                self.notify()
-
-        self.worker.submit(run, arrival, first=first)
+    def drain(self) -> None:
+        """Return once all jobs have run, and raise the first error among them."""
+        for lane in {self.lane, self.apart}:
+            lane.worker.drain()
 
     def close(self) -> None:
-        self.worker.close()
-        self.kernels.close()
+        for lane in {self.lane, self.apart}:
+            lane.close()
         self.device_kernels.close()
 
 
@@ -146,10 +174,10 @@ class HostPlace(Place):
         prompts = PassPages.of(groups, [each for view in views for each in view.plan.prompts])
         for view in views:
             if isinstance(view, HostView) and not view.plan.prompts:
-                view.goes_first = not prompts.meet(PassPages.of(groups, view.plan.steps))
+                view.is_apart = not prompts.meet(PassPages.of(groups, view.plan.steps))
 
     def finish_pass(self) -> None:
-        self._attention.worker.drain()
+        self._attention.drain()
 
     def close(self) -> None:
         self._attention.close()
@@ -161,14 +189,19 @@ class HostView:
     Attributes:
         plan: The index tensors on the host, where the pages are.
         device_groups: The same index tensors on the computing device, which needs them for prompts only.
-        goes_first: Whether its jobs are those of next tokens that need not wait for prompts, see `Worker.submit`.
+        is_apart: Whether it is of next tokens that depend on nothing that prompts of the pass store, nor these on what it stores.
     """
 
     def __init__(self, attention: HostAttention, plan: KVPlan, lend: LendPages) -> None:
         self._attention, self.plan, self._lend = attention, plan, lend
-        self.goes_first = False
+        self.is_apart = False
         self.device_groups: GroupPlans = plan.groups if plan.prompts else ()
         self._heads: dict[int, Heads] = {}  # by layer, for later calls of layers that share its keys
+
+    @property
+    def lane(self) -> Lane:
+        """The thread that runs its jobs."""
+        return self._attention.apart if self.is_apart else self._attention.lane
 
     def attend(self, call: AttentionCall) -> Answer:
         group, _ = self._attention.where[call.layer]
@@ -180,26 +213,23 @@ class HostView:
         return DeferredAttention(flow.has_room, lambda: self._attend_prompts(call, group))
 
     def _attend_steps(self, call: AttentionCall, group: int) -> PendingAttention:
-        attention, plan = self._attention, self.plan.groups[group]
-        kept, first = attention.sinks[self.goes_first], self.goes_first
-        new, sinks = call.new or (), kept.missing(call)
+        attention, plan, lane = self._attention, self.plan.groups[group], self.lane
+        new, sinks = call.new or (), lane.sinks.missing(call)
         copies = attention.staging.to_host(step_queries(call, plan.num_steps), *new, *sinks)
 
         def job() -> DeviceCopies:
             with copies.arrived() as (query, *others), self._lend(call.layer) as pages:
                 if call.new is not None:
-                    plan.write(attention.kernels, (others[0], others[1]), pages)
-                here = dataclasses.replace(call, sinks=kept.of(call, others[len(new) :]))
-                attended = plan.attend_steps(attention.kernels, here, query, pages)
+                    plan.write(lane.kernels, (others[0], others[1]), pages)
+                here = dataclasses.replace(call, sinks=lane.sinks.of(call, others[len(new) :]))
+                attended = plan.attend_steps(lane.kernels, here, query, pages)
             return attention.staging.to_device(attended)
 
-        return attention.later(
-            job, lambda attended: step_outputs(call, attended.take()[0])[None], "attention", call.layer, copies.event, first=first
-        )
+        return lane.later(job, lambda attended: step_outputs(call, attended.take()[0])[None], "attention", call.layer)
 
     def _attend_prompts(self, call: AttentionCall, group: int) -> Answer:
         """Attend to prompts on the device; their keys and values are copied to the pages, and stored tokens before them from the pages."""
-        attention, plan = self._attention, self.plan.groups[group]
+        attention, plan, lane = self._attention, self.plan.groups[group], self.lane
         continued = any(each.start > 0 for each in self.plan.prompts)
         if not continued and call.new is None:
             return self._attended(call, group, [None] * len(self.plan.prompts))
@@ -209,8 +239,8 @@ class HostView:
         def store() -> list[Past]:
             with copies.arrived() as new, self._lend(call.layer) as pages:
                 if call.new is not None:  # first, since a prompt may continue what another of this micro-batch stores
-                    self._heads[call.layer] = plan.write(attention.kernels, (new[0], new[1]), pages)
-                return plan.gather_past(attention.kernels, pages, call.query.dtype, self._heads[call.layer]) if continued else []
+                    self._heads[call.layer] = plan.write(lane.kernels, (new[0], new[1]), pages)
+                return plan.gather_past(lane.kernels, pages, call.query.dtype, self._heads[call.layer]) if continued else []
 
         def store_only() -> None:
             try:
@@ -227,8 +257,8 @@ class HostView:
             return self._attended(call, group, taken)
 
         if continued:
-            return attention.later(fetch, fetched, "KV of prompts", call.layer, copies.event)
-        attention.submit(store_only, "KV of prompts", call.layer, copies.event)
+            return lane.later(fetch, fetched, "KV of prompts", call.layer)
+        lane.submit(store_only, "KV of prompts", call.layer)
         return self._attended(call, group, [None] * len(self.plan.prompts))
 
     def _attended(self, call: AttentionCall, group: int, past: Sequence[Past]) -> torch.Tensor:

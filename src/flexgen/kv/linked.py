@@ -53,7 +53,7 @@ class LinkedPlace(HostPlace):
         super().begin_pass(views)
         linked: list[CompactPages] = []
         for view in views:
-            if isinstance(view, LinkedView) and self._link.holds(view.pages) and view.goes_first:
+            if isinstance(view, LinkedView) and self._link.holds(view.pages) and view.is_apart:
                 view.is_linked, view.device_groups = True, view.pages.plan(self._sparse)
                 linked.append(view.pages)
         self._link.begin(linked)
@@ -98,19 +98,19 @@ class LinkedView(HostView):
         return self._attended_on_device(call) if has_arrived() else DeferredAttention(has_arrived, lambda: self._attended_on_device(call))
 
     def _store(self, call: AttentionCall) -> None:
-        attention, plan = self._attention, self.plan.groups[self._attention.where[call.layer][0]]
+        plan, lane = self.plan.groups[self._attention.where[call.layer][0]], self.lane
         assert call.new is not None
-        copies = attention.staging.to_host(*call.new)
+        copies = self._attention.staging.to_host(*call.new)
         self._flow.enter()
 
         def store() -> None:
             try:
                 with copies.arrived() as new, self._lend(call.layer) as pages:
-                    plan.write(attention.kernels, (new[0], new[1]), pages)
+                    plan.write(lane.kernels, (new[0], new[1]), pages)
             finally:
                 self._flow.leave()
 
-        attention.submit(store, "KV of next tokens", call.layer, copies.event, first=self.goes_first)
+        lane.submit(store, "KV of next tokens", call.layer)
 
     def _attended_on_device(self, call: AttentionCall) -> torch.Tensor:
         kernels, plan = self._attention.device_kernels, self.device_groups[self._attention.where[call.layer][0]]

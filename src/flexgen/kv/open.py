@@ -90,12 +90,13 @@ class KVSetup:
         share = self.policy.sparse_attention
         return None if share is None else SparseAttention(share, self.values, saves=saves)
 
-    def host_attention(self, worker: str, sparse: SparseAttention | None) -> HostAttention:
-        """Return host attention with a worker thread of this name."""
+    def host_attention(self, worker: str, sparse: SparseAttention | None, *, has_two: bool) -> HostAttention:
+        """Return host attention with a worker thread of this name, or with two (see `HostAttention`)."""
         kernels, device_kernels = self.kernels(self.host_device), self.kernels(self.device)
         return HostAttention(
-            self.groups, kernels, device_kernels, self.staging, self.flow, self.notify, worker, sparse, self.recorder, overlap=self.overlap
-        )
+            self.groups, kernels, device_kernels, self.staging, self.flow, self.notify, worker, sparse, self.recorder,
+            overlap=self.overlap, apart=self.kernels(self.host_device) if has_two else None,
+        )  # fmt: skip
 
 
 def tail_count(policy: Policy, tier: str) -> int:
@@ -118,12 +119,12 @@ def _open_host(setup: KVSetup) -> Opened:
         return pool, LocalPlace(pool, setup.kernels(HOST), setup.sparse())
     pool = PagePool(setup.groups, setup.num_pages("host"), setup.backend.allocate_pages)
     if setup.policy.host_attention:
-        return pool, HostPlace(pool, setup.host_attention("flexgen-host-attention", setup.sparse()))
+        return pool, HostPlace(pool, setup.host_attention("flexgen-host-attention", setup.sparse(), has_two=True))
     ring_bytes = setup.policy.kv_ring_bytes
     if not ring_bytes:
         raise EngineError("attention on the device to KV in host memory needs a ring for its pages")
     link = KVLink(pool, setup.backend, ring_bytes, setup.notify, setup.recorder, overlap=setup.overlap)
-    attention = setup.host_attention("flexgen-host-attention", setup.sparse())
+    attention = setup.host_attention("flexgen-host-attention", setup.sparse(), has_two=True)
     return pool, LinkedPlace(pool, attention, link, ring_bytes, setup.sparse(saves=False))  # values come with the keys
 
 
@@ -133,7 +134,9 @@ def _open_disk(setup: KVSetup) -> Opened:
     policy = setup.policy
     pages = setup.num_pages("disk")
     pool = DiskPool(setup.groups, pages, setup.offload_dir, tail_bytes=policy.kv_tail_bytes, verify=setup.verify)
-    attention = setup.host_attention("flexgen-disk-attention", setup.sparse(saves=False))  # values are read ahead with the keys
+    attention = setup.host_attention(
+        "flexgen-disk-attention", setup.sparse(saves=False), has_two=False
+    )  # values are read ahead with the keys
     return pool, DiskPlace(pool, attention, setup.io, policy.kv_staging_bytes, overlap=setup.overlap)
 
 
