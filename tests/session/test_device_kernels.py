@@ -136,7 +136,8 @@ def test_every_program_of_a_pass_is_compiled_ahead(name: str, tmp_path: Path, mo
     draw(numbers, numbers, model.spec.vocab_size)
     assert not programs.launched
     answer(model, case, tmp_path)
-    assert {kernel for kernel, *_ in programs.launched} == case.kernels | {"exponential_rows"}
+    launched = {kernel for kernel, *_ in programs.launched}
+    assert launched | {"merge_parts"} == case.kernels | {"exponential_rows", "merge_parts"}, "parts are merged where they are several"
     missing = programs.launched - programs.compiled
     assert not missing, "\n".join(map(str, sorted(missing)))
 
