@@ -46,8 +46,8 @@ VLLM_LISTS = {"stop", "stop_token_ids", "bad_words"}  # ours are tuples
 VLLM_OUTPUT_FIELDS = {"index", "text", "token_ids", "cumulative_logprob", "logprobs", "finish_reason", "stop_reason"}
 VLLM_REQUEST_FIELDS = {"request_id", "prompt", "prompt_token_ids", "prompt_logprobs", "outputs", "finished"}
 VLLM_CLASSIFICATION_FIELDS = {"request_id", "prompt_token_ids", "outputs", "finished"}
-# Options that have no flag: accepted as keywords only to be refused with a reason.
-NO_FLAG = {"trust_remote_code"}
+# Options that `run` has no flag for: accepted as keywords only to be refused with a reason; a flag of `bench`.
+NO_FLAG = {"trust_remote_code", "overlap"}
 
 
 def test_every_public_name_exists_and_says_what_it_is() -> None:

@@ -85,7 +85,7 @@ def test_who_attends_to_kv_on_the_host_is_said_and_may_be_pinned() -> None:
 def test_shorter_requests_and_what_they_cost() -> None:
     job = ("plan", "opt-30b", "--machine", "t4-gcp", "--num-requests", 200, "--weights", "host=1", *QUICK)
     told = flexgen(*job, "--pareto").stdout.splitlines()
-    curve = [line.split() for line in told[told.index("what shorter requests cost:") + 2 :]]
+    curve = [line.split() for line in told[told.index("what shorter requests cost:") + 2 :] if line.startswith("  ")]
     assert len(curve) >= 2
     rates = [float(next(cell for cell in cells if "." in cell)) for cells in curve]
     assert rates == sorted(rates)
@@ -128,7 +128,7 @@ def test_what_a_narrower_dtype_would_gain_is_said_where_it_is_much() -> None:
     assert faster["speedup"] == pytest.approx(wide["forecast"]["seconds"] / narrow["forecast"]["seconds"])
     told = flexgen(*job, "--dtype", "float32").stdout
     assert f"in float16 the job would go {faster['speedup']:.1f} times as fast: --dtype float16" in told
-    assert "times as fast" not in flexgen(*job).stdout
+    assert "--dtype" not in flexgen(*job).stdout
 
 
 def test_a_format_of_weights_is_chosen_among_those_that_are_allowed() -> None:

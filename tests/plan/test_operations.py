@@ -18,9 +18,10 @@ MACHINE = machine_of(
 
 
 def seconds(
-    kind: str, *, flops: float = 0.0, nbytes: float = 0.0, rows: float = 1.0, place: str = "device", machine: Machine = MACHINE
-) -> float:
-    return OperationPrices(catalogue_spec("opt-125m"), machine, "float16", place).seconds(kind, flops, nbytes, rows)
+    kind: str, *, flops: float = 0.0, nbytes: float = 0.0, rows: float = 1.0, place: str = "device", machine: Machine = MACHINE,
+    model: str = "opt-125m",
+) -> float:  # fmt: skip
+    return OperationPrices(catalogue_spec(model), machine, "float16", place).seconds(kind, flops, nbytes, rows)
 
 
 def test_products_by_rows_or_by_bytes() -> None:
@@ -41,9 +42,8 @@ def test_attention_of_either_place() -> None:
     assert seconds("prompts", flops=1e14) == pytest.approx(2.0)
 
 
-def test_decoding_at_the_rate_of_the_device_but_no_faster_than_its_memory() -> None:
-    assert seconds("decoding", nbytes=1e12) == pytest.approx(2.0), "of a machine that was not measured"
-    spec = catalogue_spec("opt-125m")
-    name = next(iter(spec.decoded_from or {spec.number_format: 1}))
-    slow = dataclasses.replace(MACHINE, device_casts={f"{name} float16": steady(1e11)})
-    assert seconds("decoding", nbytes=1e12, machine=slow) == pytest.approx(10.0)
+@pytest.mark.parametrize(("measured", "expected"), [(1e11, 10.0), (1e13, 2.0)])
+def test_decoding_at_the_rate_of_the_device_but_no_faster_than_its_memory(measured: float, expected: float) -> None:
+    machine = dataclasses.replace(MACHINE, device_casts={"mxfp4 float16": steady(measured)})
+    assert seconds("decoding", nbytes=1e12, machine=machine, model="gpt-oss-20b") == pytest.approx(expected)
+    assert seconds("decoding", nbytes=1e12) == pytest.approx(2.0), "a model of which nothing is decoded"

@@ -78,7 +78,7 @@ def test_where_computing_decides(novels_opt: Path) -> None:
 
 
 def test_where_attention_on_the_host_decides(novels_opt: Path) -> None:
-    report = simulated(novels_opt, box(host_attention=1e6), slow_motion=1.0, weights="device=1", kv="host=1", passes=2)
+    report = simulated(novels_opt, box(host_attention=1e6), slow_motion=1.0, weights="device=1", kv="host=1", host_attention="on", passes=2)
     expected = report.steady.run.forecast["resource_seconds"]["host_compute"]
     assert report.busy_seconds["host_compute"] / 3 == pytest.approx(expected, rel=0.3), "in three passes"
     assert report.busy_seconds["host_compute"] / report.seconds > LEAST_OVERLAP
