@@ -22,7 +22,7 @@ from flexgen.devices.packed import PackedCopies
 from flexgen.devices.recorded import RecordedDevice
 from flexgen.devices.serial import SerialDevice
 from flexgen.devices.staging import Staging
-from flexgen.engine.sweep import Backlog, MicroBatchForward, SweepRecorder, run_pass
+from flexgen.engine.sweep import MicroBatchForward, SweepRecorder, run_pass
 from flexgen.io.direct_io import FileSet
 from flexgen.io.pool import IOPool
 from flexgen.kernels.threads import KernelThreads
@@ -103,7 +103,6 @@ class ModelRunner:
         self.model, self.policy, self._recorder = model, policy, recorder
         self._previous_threads, self._previous_interval = torch.get_num_threads(), sys.getswitchinterval()
         self._backend, self.now = backend, time.perf_counter if backend is None else backend.now
-        self._backlog = None if backend is None else Backlog(backend)
         with contextlib.ExitStack() as opened:  # what outlives a failed construction is closed by it, too
             if backend is not None:
                 opened.callback(backend.close)
@@ -210,7 +209,7 @@ class ModelRunner:
                 place.begin_pass([forward.view for forward in forwards if forward.batch.home == home])
         if recorder is not None:
             record = SweepRecorder(recorder, forwards, [layout.name for layout in self.model.layouts])
-        waits = run_pass(forwards, self._weights, self.num_units, self._arrived, on_unit, record, self.now, self._backlog)
+        waits = run_pass(forwards, self._weights, self.num_units, self._arrived, on_unit, record, self.now)
         with recorded(recorder, COMPUTE, "wait for KV", WAITING):
             for place in self.places.values():
                 place.finish_pass()

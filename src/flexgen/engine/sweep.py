@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -17,11 +16,10 @@ import greenlet
 import torch
 
 from flexgen.base.recorder import COMPUTE, WAITING, Recorder
-from flexgen.devices.base import Device, Event
 from flexgen.devices.packed import PackedCopies
 from flexgen.engine.inputs import BatchInputs, batch_inputs
 from flexgen.errors import EngineError
-from flexgen.kv.place import Pending, PendingAttention, View
+from flexgen.kv.place import Pending, View
 from flexgen.models.attention import PassCache
 from flexgen.models.coroutine import ForwardCoroutine
 from flexgen.models.scoring import Scorer, Scores
@@ -33,7 +31,6 @@ from flexgen.weights.store import WeightStore
 # The longest waits between checks, for weights and for attention; arrivals wake the loop earlier.
 IDLE_SECONDS = 0.5
 POLL_SECONDS = 0.0005
-MOST_SUBMITTED = 2  # pieces, each what one micro-batch computes of a unit, while attention on the host is waited for
 
 
 class RowSource(Protocol):
@@ -182,36 +179,9 @@ class SweepRecorder:
         )  # fmt: skip
 
 
-class Backlog:
-    """What a device has to compute, kept short while a micro-batch waits for attention on the host.
-
-    A device computes in the order of submission: what others submit meanwhile goes before what follows the attention.
-
-    Args:
-        backend: The device.
-    """
-
-    def __init__(self, backend: Device) -> None:
-        self._backend = backend
-        self._latest = deque[Event](maxlen=MOST_SUBMITTED)  # the ends of what was submitted last
-
-    def grow(self) -> None:
-        """Record that something was submitted."""
-        self._latest.append(self._backend.marker())
-
-    def is_long(self) -> bool:
-        """Return whether nothing should be submitted that something more urgent may follow."""
-        return len(self._latest) == MOST_SUBMITTED and not self._latest[0].done()
-
-    def shorten(self) -> None:
-        """Return when one more may be submitted."""
-        self._latest[0].wait()
-
-
 def run_pass(
     forwards: Sequence[MicroBatchForward], weights: WeightStore, num_units: int, arrived: threading.Event,
     on_unit: Callable[[int], None], record: SweepRecorder | None = None, now: Callable[[], float] = time.perf_counter,
-    backlog: Backlog | None = None,
 ) -> dict[str, float]:  # fmt: skip
     """Take all micro-batches through the model.
 
@@ -223,7 +193,6 @@ def run_pass(
         on_unit: A function that is called whenever the frontmost micro-batch enters a unit.
         record: What records the pass for the trace; None without one.
         now: Returns the time in seconds.
-        backlog: What the device has to compute; None where there is none.
 
     Returns:
         For each cause ("attention" or "weights"), the seconds in which there was nothing to run.
@@ -238,9 +207,6 @@ def run_pass(
             if forward is None:
                 _wait(active, arrived, waits, record, now)
                 continue
-            if backlog is not None and forward.pending is None and _attended_by_another_thread(active) and backlog.is_long():
-                backlog.shorten()
-                continue
             resumed, forward.pending = forward.pending is not None, None
             if record is not None:
                 record.goes_on()
@@ -253,8 +219,6 @@ def run_pass(
             forward.switch()
             if record is not None:
                 record.computed(forward, unit, start, resumed=resumed)
-            if backlog is not None:
-                backlog.grow()
             if forward.dead:
                 active.remove(forward)
             done = min((each.unit for each in active), default=num_units)
@@ -275,11 +239,6 @@ def _next_runnable(active: Sequence[MicroBatchForward], weights: WeightStore) ->
         if forward.runnable(weights):
             return forward
     return None
-
-
-def _attended_by_another_thread(active: Sequence[MicroBatchForward]) -> bool:
-    """Return whether a micro-batch waits for attention that another thread computes."""
-    return any(isinstance(each.pending, PendingAttention) and not each.pending.done() for each in active)
 
 
 def _unit_of(forward: MicroBatchForward) -> int:
