@@ -5,6 +5,8 @@ Nothing waits for the device.  Rows without a product are no numbers.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -63,6 +65,9 @@ class PlainGroupedKernels:
 
     def covers(self, dtype: torch.dtype) -> bool:
         return True
+
+    def offsets_on_host(self, pairs: SortedPairs) -> Sequence[int]:
+        return pairs.offsets.tolist()
 
     def reads_encoded(self, mean_rows: int) -> bool:
         return mean_rows <= self._encoded_rows

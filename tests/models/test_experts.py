@@ -321,3 +321,36 @@ class Waits:
                 self.found += 1
                 return
             frame = frame.f_back
+
+
+class Counting(PlainGroupedKernels):
+    """Records how many rows the windows of first products have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[int] = []
+
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None, pairs: Any, window: Any, *, gathers: bool) -> Tensor:
+        if gathers:
+            self.rows.append(window.num_rows)
+        return super().product(x, weight, bias, pairs, window, gathers=gathers)
+
+
+@pytest.mark.parametrize("at_once", [1 << 20, 7])
+def test_many_rows_are_counted_before_they_are_computed(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then windows have room for no more than there are, and results are the same to the bit."""
+    module, tensors = layer(has_gate=True, is_transposed=True)
+    given, rows = routing(40), 40
+    outputs: list[Tensor] = []
+    windows: list[list[int]] = []
+    monkeypatch.setattr(expert_sums, "EXPERTS_BYTES", at_once * 4 * expert_sums.pair_numbers(2 * INTERMEDIATE, HIDDEN, normed=False))
+    for uncounted in (rows, rows - 1):
+        kernels = Counting()
+        monkeypatch.setattr(experts, "grouped_kernels", lambda device, kernels=kernels: kernels)
+        monkeypatch.setattr(expert_sums, "UNCOUNTED_ROWS", uncounted)
+        outputs.append(found(module, tensors, [2, 3], torch.device("cpu"), *given))
+        windows.append(kernels.rows)
+    assert torch.equal(*outputs)
+    assert sum(windows[1]) == rows * CHOICES
+    assert sum(windows[0]) > sum(windows[1])
+    assert max(map(max, windows)) <= at_once

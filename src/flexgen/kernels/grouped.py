@@ -5,6 +5,7 @@ Letters of shapes: R rows, k experts that each row chose, P = R * k pairs of a r
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -32,6 +33,11 @@ class SortedPairs:
     def num_experts(self) -> int:
         """The number of experts."""
         return len(self.offsets) - 1
+
+
+def even_offsets(pairs: SortedPairs) -> Sequence[int]:
+    """Return the offsets that pairs would have if all experts were chosen alike often, where nothing is known of them."""
+    return [expert * len(pairs.order) // pairs.num_experts for expert in range(pairs.num_experts + 1)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +69,10 @@ class GroupedKernels(Protocol):
 
         Results are the same; it pays where rows are few, since for these a matrix is read once, or a few times.
         """
+        ...
+
+    def offsets_on_host(self, pairs: SortedPairs) -> Sequence[int]:
+        """Return the offsets of pairs; the host waits for them."""
         ...
 
     def product(

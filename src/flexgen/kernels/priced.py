@@ -7,6 +7,7 @@ gathered.py.  Windows of prompts do not make them cheaper.  The letters of shape
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol, cast
 
 import torch
@@ -16,7 +17,7 @@ from flexgen.kernels.dequantize.blocks import Codes, NestedScales, Scales
 from flexgen.kernels.dequantize.groups import Groups, Packing
 from flexgen.kernels.dequantize.reference import DequantizeKernels
 from flexgen.kernels.encoded import EncodedMatrices
-from flexgen.kernels.grouped import SortedPairs, Window
+from flexgen.kernels.grouped import SortedPairs, Window, even_offsets
 from flexgen.kernels.reference import AttentionKernels
 
 
@@ -117,6 +118,10 @@ class PricedGroupedKernels:
 
     def reads_encoded(self, mean_rows: int) -> bool:
         return False  # plans price all units as decoded, too
+
+    def offsets_on_host(self, pairs: SortedPairs) -> Sequence[int]:
+        pairs.offsets.tolist()  # takes the time
+        return even_offsets(pairs)
 
     def product(
         self, x: Tensor, weight: Tensor | EncodedMatrices, bias: Tensor | None, pairs: SortedPairs, window: Window, *, gathers: bool

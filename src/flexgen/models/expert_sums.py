@@ -18,6 +18,9 @@ from flexgen.kernels.grouped import GroupedKernels, Window, sorted_by_expert, so
 from flexgen.plan.policy import EXPERTS_BYTES
 from flexgen.weights.encoded import EncodedNumbers
 
+# What is computed in vain for so many rows takes as long as the host's wait, or less; next tokens are seldom more.
+UNCOUNTED_ROWS = 1024
+
 Tensors = Mapping[str, Tensor | EncodedNumbers]
 
 
@@ -146,6 +149,7 @@ class GroupedRows:
 
     The host does not know how many rows these are.  So it goes through windows that have room for as many as there could be; what is
     computed between products is computed for all rows of a window.  Windows are as large as EXPERTS_BYTES of temporary tensors allow.
+    Where rows are many, as in prompts, most of a window would be empty, and the host asks how many there are, once.
     """
 
     def __init__(self, layer: ExpertLayer, kernels: GroupedKernels, x: Tensor, experts: Tensor, weights: Tensor | None) -> None:
@@ -154,13 +158,17 @@ class GroupedRows:
         self._weights = None if weights is None else weights.gather(-1, chosen.indices)
         self._pairs = sorted_pairs(chosen.values, layer.num_experts)
         self._total = torch.zeros_like(x, dtype=torch.float32)
+        self._offsets = kernels.offsets_on_host(self._pairs) if len(x) > UNCOUNTED_ROWS else None
         self._reads_encoded = kernels.reads_encoded(len(self._pairs.order) // layer.num_experts)
 
     def add(self, tensors: Tensors, first: int) -> None:
         weight, bias = self._matrices(tensors, self._layer.first)
         down, down_bias = self._matrices(tensors, "down_proj")
         count, _, outputs = weight.shape
-        most = min(len(self._pairs.order), len(self._x) * count)  # a row chooses no expert twice
+        if self._offsets is None:
+            most = min(len(self._pairs.order), len(self._x) * count)  # a row chooses no expert twice
+        else:
+            most = self._offsets[first + count] - self._offsets[first]
         pair_bytes = pair_numbers(outputs, down.shape[2], normed=self._layer.norm is not None) * self._x.element_size()
         at_once = max(EXPERTS_BYTES // pair_bytes, 1)
         for skipped in range(0, most, at_once):

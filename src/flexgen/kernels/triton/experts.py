@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from flexgen.base.quantities import power_of_two
 from flexgen.errors import EngineError
 from flexgen.kernels.checks import check_format, check_out, check_shapes
 from flexgen.kernels.encoded import ZEROS_OF_WORD, EncodedMatrices
-from flexgen.kernels.grouped import SortedPairs, Window
+from flexgen.kernels.grouped import SortedPairs, Window, even_offsets
 from flexgen.kernels.triton.arguments import DTYPES, SCALE_KINDS
 from flexgen.kernels.triton.grids import on_grid
 from flexgen.kernels.triton.launch import STAGED_BYTES, columns
@@ -37,6 +38,9 @@ class TritonGroupedKernels:
 
     def reads_encoded(self, mean_rows: int) -> bool:
         return mean_rows <= ENCODED_ROWS
+
+    def offsets_on_host(self, pairs: SortedPairs) -> Sequence[int]:
+        return even_offsets(pairs) if pairs.offsets.is_meta else pairs.offsets.tolist()
 
     def product(
         self, x: Tensor, weight: Tensor | EncodedMatrices, bias: Tensor | None, pairs: SortedPairs, window: Window, *, gathers: bool
