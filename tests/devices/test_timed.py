@@ -144,6 +144,19 @@ def test_attention_and_the_link_slow_each_other_down() -> None:
     assert urgent(device, 1) == 6, "for which the host was busy until 4"
 
 
+def test_what_moves_memory_on_the_host_goes_beside_attention_and_delays_what_follows() -> None:
+    device, clock, _ = timed_device()
+    host = device.allocate_host(1)
+    host.spend("steps", nbytes=10)
+    assert clock.time == 10
+    clock.time = 2
+    host.spend("memory", nbytes=3)
+    assert clock.time == 5, "another thread, while attention goes on"
+    host.spend("steps", nbytes=1)
+    assert clock.time == 10 + 3 + 1
+    assert device.busy_seconds()["host_compute"] == 14
+
+
 def test_a_worker_may_have_to_wait_for_its_copies() -> None:
     device, clock, _ = timed_device(CopyRules(waits=True))
     assert urgent(device, 2) == 2

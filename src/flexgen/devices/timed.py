@@ -94,7 +94,8 @@ class _DeviceComputing:
 class _HostComputing:
     """The host's cores: kernels run one at a time, and the thread that calls one sleeps until it is done.
 
-    Copies within host memory take their time on the thread that makes them.
+    What only reads and writes memory does so beside them, on the thread that asks for it; if it is a kernel, the next one begins that much
+    later, since both share the memory.
     """
 
     def __init__(self, clock: Clock, prices: Prices, cores: Resource, lock: threading.Lock) -> None:
@@ -110,7 +111,7 @@ class _HostComputing:
             seconds, now = self._prices.seconds(kind, flops, nbytes, rows), self._clock.now()
             with self._lock:
                 end = self._cores.give(now, now, seconds)
-            self._clock.wait_until(end)
+            self._clock.wait_until(now + seconds if kind == "memory" else end)
 
     def synchronise(self) -> None:
         """Do nothing: the host computes at once."""
