@@ -185,9 +185,12 @@ def test_waits_are_red_and_as_long_as_the_report_says(traced: Traced) -> None:
 
 def test_attention_has_a_track_where_it_is_computed_beside_the_pass(traced: Traced, policy: Policy) -> None:
     tracks = {track for track in traced.trace.slices if "attention" in track}
-    assert tracks == ({"disk attention"} if policy.kv.disk else set()) | ({"host attention"} if policy.device == "sim" else set())
-    for track in tracks:
+    on_host = {"host attention", "host attention in order"} if policy.device == "sim" else set[str]()
+    assert tracks == ({"disk attention"} if policy.kv.disk else set()) | on_host
+    for track in tracks - {"host attention in order"}:
         assert traced.trace.named(track, "attention of layer 0")
+    if on_host:
+        assert traced.trace.named("host attention in order", "KV of prompts of layer 0")
     assert traced.trace.named(COMPUTE, "attention of layer 0"), "of prompts everywhere, and of next tokens whose pages are beside"
 
 
