@@ -182,6 +182,26 @@ def test_next_tokens_that_see_what_a_prompt_stores_do_wait(beside: Bench) -> Non
             table[: len(ids)] = ids
 
 
+def test_an_error_of_one_thread_is_raised_when_the_other_has_run_too(beside: Bench) -> None:
+    attention, may_go_on, seen = attention_of(beside), threading.Event(), list[int]()
+
+    def failing() -> None:
+        raise ValueError("no such page")
+
+    def slow() -> None:
+        assert_set(may_go_on)
+        seen.append(1)
+
+    for first, second in ((attention.lane, attention.apart), (attention.apart, attention.lane)):
+        may_go_on.clear()
+        first.worker.submit(failing)
+        second.worker.submit(slow)
+        threading.Timer(0.05, may_go_on.set).start()
+        with pytest.raises(ValueError, match="no such page"):
+            beside.place.finish_pass()
+        assert seen.pop() == 1
+
+
 def test_kv_of_prompts_that_go_on_leaves_when_it_is_taken(beside: Bench) -> None:
     """What came from their pages is in memory of the device until then."""
     conversations = [Conversation(20, beside.cache.admit("host")) for _ in range(PROMPTS_ON_THE_WAY)]

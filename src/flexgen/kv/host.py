@@ -139,8 +139,9 @@ class HostAttention:
 
     def drain(self) -> None:
         """Return once all jobs have run, and raise the first error among them."""
-        for lane in {self.lane, self.apart}:
-            lane.worker.drain()
+        with contextlib.ExitStack() as draining:  # all of them, whichever fails
+            for lane in (self.lane, self.apart):
+                draining.callback(lane.worker.drain)
 
     def close(self) -> None:
         for lane in {self.lane, self.apart}:
