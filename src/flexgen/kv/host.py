@@ -23,7 +23,7 @@ from flexgen.kernels.reference import AttentionKernels
 from flexgen.kv.flow import KVFlow
 from flexgen.kv.format import KVPages
 from flexgen.kv.pages import KVGroup, PagePool, layer_index
-from flexgen.kv.pass_pages import PassPages
+from flexgen.kv.pass_pages import apart
 from flexgen.kv.place import Answer, DeferredAttention, PendingAttention, Place, View
 from flexgen.kv.plan import GroupPlans, KVPlan
 from flexgen.kv.sinks import HostSinks
@@ -170,12 +170,11 @@ class HostPlace(Place):
         return contextlib.nullcontext(self.pool.pages[layer])
 
     def begin_pass(self, views: Sequence[View]) -> None:
-        """Find out which next tokens need not wait for what prompts store."""
-        groups = self.pool.groups
-        prompts = PassPages.of(groups, [each for view in views for each in view.plan.prompts])
-        for view in views:
-            if isinstance(view, HostView) and not view.plan.prompts:
-                view.is_apart = not prompts.meet(PassPages.of(groups, view.plan.steps))
+        """Find out which next tokens need not wait for what others store."""
+        found = apart(self.pool.groups, [view.plan.slices for view in views])
+        for view, is_apart in zip(views, found, strict=True):
+            if isinstance(view, HostView):
+                view.is_apart = is_apart and not view.plan.prompts
 
     def finish_pass(self) -> None:
         self._attention.drain()
@@ -190,7 +189,7 @@ class HostView:
     Attributes:
         plan: The index tensors on the host, where the pages are.
         device_groups: The same index tensors on the computing device, which needs them for prompts only.
-        is_apart: Whether it is of next tokens that depend on nothing that prompts of the pass store, nor these on what it stores.
+        is_apart: Whether it is of next tokens that depend on nothing that others of the pass store, nor these on what it stores.
     """
 
     def __init__(self, attention: HostAttention, plan: KVPlan, lend: LendPages) -> None:

@@ -1,39 +1,33 @@
-"""The pages that slices of a pass see and store something in, which say what has to be complete before something else begins."""
+"""Which micro-batches of a pass store something in pages that others see, and so have to be done in order."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from flexgen.kv.pages import KVGroup
 from flexgen.passes.plan import Slice
 
 
-@dataclass(frozen=True, slots=True)
-class PassPages:
-    """Pages of some slices, by their ids.
+def pages_of(group: KVGroup, table: Sequence[int], piece: Slice) -> tuple[Sequence[int], Sequence[int]]:
+    """Return the pages that a slice sees in a group, those with its own tokens included, and those of them in which it stores something."""
+    stop, of_tail = group.num_pages(piece.stop), group.tail_of is not None
+    return table[0 if of_tail else group.first_page(piece.start) : stop], table[0 if of_tail else piece.start // group.page_tokens : stop]
 
-    Attributes:
-        seen: Those that they see, those with their own tokens included, for each layer group.
-        stored: Those of them in which they store something.
+
+def apart(groups: Sequence[KVGroup], batches: Sequence[Sequence[Slice]]) -> list[bool]:
+    """Return for each micro-batch whether it sees nothing that another one stores, nor another one what it stores.
+
+    Args:
+        groups: The layer groups, in the order of the slices' tables.
+        batches: The slices of all micro-batches of a pass.
     """
-
-    seen: Sequence[frozenset[int]]
-    stored: Sequence[frozenset[int]]
-
-    @classmethod
-    def of(cls, groups: Sequence[KVGroup], slices: Sequence[Slice]) -> PassPages:
-        """Return the pages of slices whose tables are in the order of the groups."""
-        seen, stored = [], []
-        for index, group in enumerate(groups):
-            firsts = [0 if group.tail_of is not None else group.first_page(each.start) for each in slices]
-            own = [0 if group.tail_of is not None else each.start // group.page_tokens for each in slices]
-            tables = [(each.tables[index], group.num_pages(each.stop)) for each in slices]
-            seen.append(frozenset(page for (table, stop), start in zip(tables, firsts, strict=True) for page in table[start:stop]))
-            stored.append(frozenset(page for (table, stop), start in zip(tables, own, strict=True) for page in table[start:stop]))
-        return cls(seen, stored)
-
-    def meet(self, other: PassPages) -> bool:
-        """Return whether one stores something in a page that the other sees."""
-        pairs = (*zip(self.stored, other.seen, strict=True), *zip(other.stored, self.seen, strict=True))
-        return any(not one.isdisjoint(another) for one, another in pairs)
+    is_apart = [True] * len(batches)
+    for index, group in enumerate(groups):
+        pages = [[pages_of(group, each.tables[index], each) for each in slices] for slices in batches]
+        storing = {page: batch for batch, pieces in enumerate(pages) for _, stored in pieces for page in stored}
+        for batch, pieces in enumerate(pages):
+            for seen, _ in pieces:
+                for page in seen:
+                    if (other := storing.get(page, batch)) != batch:
+                        is_apart[batch] = is_apart[other] = False
+    return is_apart
