@@ -78,6 +78,9 @@ class EngineOptions:
         schedule: "auto", "diagonal" (admit as sequences finish), "zigzag" (admit into an empty block only) or "row" (one micro-batch
             at a time).
         prefix_sharing: Whether to compute common prefixes of prompts once.  Tokens do not change.
+        stages: Machines, or devices of this one, that the model's layers are divided among (docs/distributed.md); None for one.
+        interface: Network interface, such as "eth1", on which stages listen; None for the loopback interface where this process starts the
+            others, and for the one that the host's name leads to where torchrun does.
         max_request_seconds: Most seconds that a request may take from its first pass to its last, as predicted; None for no bound.
         max_job_seconds: Most seconds that the job may take, as predicted; None for no bound.
         load_format: "auto", "safetensors", or "dummy" for random weights from config.json alone, for benchmarks.
@@ -115,6 +118,8 @@ class EngineOptions:
     prefill_tokens: int | None = None
     schedule: str = "auto"
     prefix_sharing: bool = True
+    stages: int | None = None
+    interface: str | None = None
     max_request_seconds: float | None = None
     max_job_seconds: float | None = None
     load_format: str = "auto"
@@ -139,6 +144,10 @@ class EngineOptions:
         if self.load_format == "dummy" and self.weight_format != "auto":
             raise OptionError(f"weight_format={self.weight_format!r} converts a checkpoint, and load_format='dummy' reads none")
         self._check_allowed()
+        if self.stages is not None and self.stages > 1 and self.allow_formats is not None:
+            raise OptionError(
+                f"allow_formats={self.allow_formats!r} chooses for one machine: with stages, give weight_format= and kv_format="
+            )
         if self.trace_passes is not None and self.trace is None:
             raise OptionError(f"trace_passes={self.trace_passes!r} chooses the passes of a trace, and there is none: give trace= as well")
         if self.trust_remote_code:
@@ -249,6 +258,8 @@ _CHECKS: Mapping[str, Callable[[str, object], Any]] = {
     "prefill_tokens": partial(integer_or_none, least=1),
     "schedule": partial(one_of, known=SCHEDULES),
     "prefix_sharing": flag,
+    "stages": partial(integer_or_none, least=1),
+    "interface": text_or_none,
     "max_request_seconds": seconds_or_none,
     "max_job_seconds": seconds_or_none,
     "load_format": partial(one_of, known=LOAD_FORMATS),
@@ -286,6 +297,8 @@ class OptionKeywords(TypedDict, total=False):
     prefill_tokens: int | None
     schedule: str
     prefix_sharing: bool
+    stages: int | None
+    interface: str | None
     max_request_seconds: float | None
     max_job_seconds: float | None
     load_format: str

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from flexgen.cli.defaults import describe, warnings_about
 from flexgen.cli.exit_codes import ExitCode, complain
-from flexgen.cli.options import check_apart, load
+from flexgen.cli.options import check_apart, follow_if_told, load
 from flexgen.cli.run_flags import RunFlags
 from flexgen.cli.signals import StopSignals
 from flexgen.cli.spelling import OF_JOBS
@@ -221,6 +221,7 @@ def run_job(flags: RunFlags, open_lines: Callable[[], JobLines], options: Engine
     Raises:
         OptionError: The trace has nothing to show, or its file is another one of the job.
     """
+    follow_if_told(flags.model, options)
     if flags.dry_run and options.trace is not None:
         raise OptionError("--dry-run has nothing to trace: leave out --trace")
     check_apart(options.trace, flags.source, flags.output, flags.metrics)

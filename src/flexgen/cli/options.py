@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import os
 import sys
 import typing
 from collections.abc import Callable, Mapping
@@ -20,6 +21,7 @@ from flexgen.base.recorder import check_trace
 from flexgen.cli.exit_codes import ExitCode, complain, complain_of_bug, complain_of_disk
 from flexgen.cli.numbers import in_words
 from flexgen.cli.spelling import ENGINE_FLAGS, flag_of, in_flags
+from flexgen.distributed.environment import is_follower, is_rank
 from flexgen.errors import FlexGenError, OptionError, StorageError, is_disk_failure, is_out_of_memory
 from flexgen.options import (
     ALLOWABLE_FORMATS,
@@ -66,6 +68,8 @@ FLAGS: dict[str, tuple[str, str, str]] = {
     "prefill_tokens": (_PLACEMENT, "N", "Most prompt tokens that a pass admits. Default: planned."),
     "schedule": (_PLACEMENT, "|".join(SCHEDULES), "Which sequences a pass carries: ours, the paper's, or one micro-batch at a time."),
     "prefix_sharing": (_PLACEMENT, "", "Whether what several prompts begin with is computed once; tokens do not change."),
+    "stages": (_PLACEMENT, "N", "Divide the layers among N machines (torchrun) or processes of this one (docs/distributed.md)."),
+    "interface": (_PLACEMENT, "NAME", "Network interface on which stages listen. Default: loopback, or what the host's name leads to."),
     "max_request_seconds": (
         _PLACEMENT,
         "TIME",
@@ -220,11 +224,28 @@ def load(
     from flexgen.llm import LLM
     from flexgen.session.lookup import files_of
 
+    follow_if_told(model, options)
     is_there(Path(model), "MODEL", Path.is_dir)
     show = progress in ("auto", "rich") and sys.stderr.isatty()
     files = files_of(model, options, show_progress=show)
     check(files)
     return LLM(files, **more, **dataclasses.asdict(options))
+
+
+def follow_if_told(model: str, options: EngineOptions) -> None:
+    """Serve as a stage of a pipeline, and exit, if torchrun started this process as one that is not the first.
+
+    Raises:
+        OptionError: torchrun started several processes, and the options name no stages.
+    """
+    if not is_rank(os.environ):
+        return
+    if options.stages is None and os.environ["WORLD_SIZE"] != "1":
+        raise OptionError(f"torchrun has started {os.environ['WORLD_SIZE']} processes: give --stages {os.environ['WORLD_SIZE']}")
+    if is_follower(os.environ):
+        from flexgen.session.follower import follow_leader
+
+        raise typer.Exit(follow_leader(model, options))
 
 
 def check_file(path: Path | None, flag: str) -> None:

@@ -166,11 +166,19 @@ def weight_stamps(files: ModelFiles) -> list[tuple[str, int, int]]:
     Raises:
         CheckpointError: The index is malformed or names a file outside the folder.
     """
-    paths = [files.folder / name for name in sorted(weight_files(files.folder))]
+    found = [(path.name, path.stat()) for path in weight_paths(files)]
+    return [(name, each.st_size, each.st_mtime_ns) for name, each in found]
+
+
+def weight_paths(files: ModelFiles) -> list[Path]:
+    """Return the files of weights.
+
+    Raises:
+        CheckpointError: The index is malformed or names a file outside the folder.
+    """
     if files.gguf is not None:
-        paths = [part.path for part in files.gguf.parts]
-    found = [path.stat() for path in paths]
-    return [(path.name, each.st_size, each.st_mtime_ns) for path, each in zip(paths, found, strict=True)]
+        return [part.path for part in files.gguf.parts]
+    return [files.folder / name for name in sorted(weight_files(files.folder))]
 
 
 def find_weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from flexgen.base.quantities import counted, format_seconds, format_size
 from flexgen.report.plans import aligned, format_choice, gains_of, resource_name
-from flexgen.report.progress import BUSY_CORES, Progress, RunReport
+from flexgen.report.progress import BUSY_CORES, Progress, RunReport, StageReport
 
 MOST_HELPS, LEAST_HELP = 3, 0.01  # how many gains a report mentions, and the smallest one
 RATE_TOLERANCE = 0.15  # by how much a run's own rates may differ from those of the profile
@@ -124,7 +124,17 @@ def format_details(report: RunReport) -> str:
         f"overlap {report.overlap:.2f}   plan {report.plan:.2f}   efficiency {report.efficiency:.2f}   "
         f"(the least ideal time is {format_seconds(report.ideal_seconds)})"
     )
-    return "\n".join(lines + _checked(report) + _against_forecast(report))
+    return "\n".join(lines + _checked(report) + _against_forecast(report) + _stages(report.stages))
+
+
+def _stages(stages: Sequence[StageReport]) -> list[str]:
+    """Return a line for each stage of a pipeline."""
+    return [
+        f"stage {number} on {each.host}: layers {each.first_layer} to {each.first_layer + each.num_layers - 1}, a pass takes "
+        f"{format_seconds(each.pass_seconds)} (planned {format_seconds(each.planned_pass_seconds)}, bound by "
+        f"{resource_name(each.bound_by)}), busy {each.busy_share:.0%}; waited for: {_seconds_of(each.waits)}"
+        for number, each in enumerate(stages)
+    ]
 
 
 def _checked(report: RunReport) -> list[str]:

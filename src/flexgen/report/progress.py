@@ -66,6 +66,35 @@ class CheckedMachine:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StageReport:
+    """One stage of a pipeline: what it was planned to do, and what it did.
+
+    Attributes:
+        host: The name of its host.
+        first_layer: The first decoder layer that it computes.
+        num_layers: The number of layers.
+        bound_by: The resource that decides most of a pass, as planned.
+        planned_pass_seconds: The expected time of a pass with a full block.
+        passes: The number of passes.
+        pass_seconds: The mean time of a pass, without waits for other stages.
+        busy_share: The time of its passes, without waits for other stages, over the time of the run.
+        waits: For each cause, the seconds in which it had nothing to compute within passes.
+        bytes_moved: For each link of its machine, the bytes that it has moved.
+    """
+
+    host: str
+    first_layer: int
+    num_layers: int
+    bound_by: str
+    planned_pass_seconds: float
+    passes: int
+    pass_seconds: float
+    busy_share: float
+    waits: dict[str, float]
+    bytes_moved: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RunReport:
     """The closing report of a run; its fields are the keys of `--metrics FILE` (documented in docs/metrics.md).
 
@@ -93,6 +122,7 @@ class RunReport:
         efficiency_at_check: `efficiency` with the same rates; None if the machine was not checked.
         shared_prompt_tokens: Prompt tokens that were not computed because another request that begins with them had computed them.
         formats: The formats of weights and KV that were chosen, and what they were chosen from; None where there was no choice.
+        stages: For each stage of a pipeline what it was planned to do, and what it did (docs/distributed.md); empty on one machine.
         value_bytes_seen: Under sparse attention, the bytes of all values that next tokens saw, over all layers; otherwise 0.
         value_bytes_unread: The bytes of these that were not read, as counted; values on disk and on a device are all read.
         peak_host_bytes: The peak resident memory of the process, to compare with `host_budget_bytes`.
@@ -142,6 +172,7 @@ class RunReport:
     efficiency_at_check: float | None = None
     overlapping: bool = True
     formats: FormatChoice | None = None
+    stages: tuple[StageReport, ...] = ()
     schema_version: int = SCHEMA_VERSION
 
     def to_json(self) -> str:

@@ -168,22 +168,26 @@ class ResolvedModel:
         if self.options.load_format != "dummy" and self._assembled is None:
             self._assembled = self._assemble(folder, dtype)
 
-    def take(self, folder: Path) -> AssembledModel:
+    def take(self, folder: Path, layers: range | None = None) -> AssembledModel:
         """Return the model, whose weights lie in `folder`, ready for an engine.
 
         It belongs to the caller alone, because an engine keeps weights in it. The next caller gets another one, and fresh limits, since
         memory may have been taken or freed by then.
 
+        Args:
+            folder: The folder of the weights.
+            layers: The decoder layers that the engine computes, as a stage of several; None for the whole model.
+
         Raises:
-            ModelError: The model cannot be served.
+            ModelError: The model cannot be served, or not be divided there.
         """
         assembled, self._assembled = self._assembled, None
-        if assembled is None:
-            assembled = self._assemble(folder, self.dtype)
+        if assembled is None or layers is not None:
+            assembled = self._assemble(folder, self.dtype, layers)
         self._limits = None
         return assembled
 
-    def _assemble(self, folder: Path, dtype: str) -> AssembledModel:
+    def _assemble(self, folder: Path, dtype: str, layers: range | None = None) -> AssembledModel:
         """Assemble the model in a folder; quantized weights are refused as such, before they are compared with the config."""
         import torch
 
@@ -209,6 +213,7 @@ class ResolvedModel:
                 cpu_compute=self.options.cpu_compute,
                 sparse_attention=self.options.kept_share,
                 device=self.limits.device,
+                layers=layers,
             )
 
 

@@ -84,6 +84,34 @@ class Prepared:
             self.random_weights.remove()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Described:
+    """What a plan is made from.
+
+    Attributes:
+        options: The options, with the dtype and the device that are meant.
+        model: The model, without weights.
+        folder: The folder of its weights.
+        machine: The rates of this machine.
+        limits: The budgets.
+        process_bytes: As in Prepared.
+        random_weights: As in Prepared.
+    """
+
+    options: EngineOptions
+    model: AssembledModel
+    folder: Path
+    machine: Machine
+    limits: Limits
+    process_bytes: int
+    random_weights: RandomWeights | None
+
+    def discard(self) -> None:
+        """Remove the files of random weights, if there are any."""
+        if self.random_weights is not None:
+            self.random_weights.remove()
+
+
 def prepare(found: ResolvedModel, options: EngineOptions, workload: Workload) -> Prepared:
     """Describe the model, measure the machine, and choose the policy.
 
@@ -93,11 +121,37 @@ def prepare(found: ResolvedModel, options: EngineOptions, workload: Workload) ->
         CapacityError: A budget cannot be granted, or the budgets are too small.
         FlexGenError: This process was forked from one that had loaded this module.
     """
+    with contextlib.ExitStack() as undo:
+        here = describe(found, options)
+        undo.callback(here.discard)
+        step("choosing a plan")
+        plan = make_plan(here.options, here.model.spec, here.machine, here.limits, workload, process_bytes=here.process_bytes)
+        undo.pop_all()
+    return Prepared(
+        model=here.model, plan=plan, limits=here.limits, workload=workload, process_bytes=here.process_bytes,
+        random_weights=here.random_weights, verify_reads=options.verify_reads, overlap=options.overlap,
+    )  # fmt: skip
+
+
+def describe(found: ResolvedModel, options: EngineOptions, num_local: int = 1) -> Described:
+    """Describe the model, measure the machine, and load what computing needs.
+
+    Args:
+        found: The model.
+        options: The options.
+        num_local: The number of stages on this host, which share what the options do not grant to each.
+
+    Raises:
+        ModelError: The model cannot be served.
+        OptionError: An option cannot be honoured on this machine.
+        CapacityError: A budget cannot be granted.
+        FlexGenError: This process was forked from one that had loaded this module.
+    """
     if os.getpid() != _PROCESS:
         raise FlexGenError(forked("a model has been opened"))
     limit_heap()
     with DESCRIBING, contextlib.ExitStack() as undo:
-        limits, folder, random_weights = found.limits, found.files.folder, None
+        limits, folder, random_weights = shared(found.limits, options, num_local), found.files.folder, None
         options = replace(options, dtype=found.dtype, device=limits.device)
         if options.load_format == "dummy":
             random_weights = RandomWeights(found.config, getattr(torch, options.dtype), limits)
@@ -117,13 +171,18 @@ def prepare(found: ResolvedModel, options: EngineOptions, workload: Workload) ->
             if limits.device == "cpu" or not encoding.format.carried_as_stored:
                 warming.warm_up(encoding, model.dtype)
         process_bytes = bytes_of_process(options, model.total_bytes, limits)
-        step("choosing a plan")
-        plan = make_plan(options, model.spec, machine, limits, workload, process_bytes=process_bytes)
         undo.pop_all()
-    return Prepared(
-        model=model, plan=plan, limits=limits, workload=workload, process_bytes=process_bytes, random_weights=random_weights,
-        verify_reads=options.verify_reads, overlap=options.overlap,
+    return Described(
+        options=options, model=model, folder=folder, machine=machine, limits=limits, process_bytes=process_bytes,
+        random_weights=random_weights,
     )  # fmt: skip
+
+
+def shared(limits: Limits, options: EngineOptions, num_local: int) -> Limits:
+    """Return the budgets of one of so many processes of this host: an equal part of what the options do not grant to each."""
+    host = limits.host_bytes if options.host_mem is not None else limits.host_bytes // num_local
+    disk = limits.disk_bytes if options.disk is not None else limits.disk_bytes // num_local
+    return replace(limits, host_bytes=host, disk_bytes=disk)
 
 
 def measured_machine(limits: Limits, weights: Path, total_bytes: int, spec: ModelSpec) -> Machine:

@@ -6,9 +6,11 @@ import contextlib
 import dataclasses
 import gc
 import math
+import os
 from typing import TYPE_CHECKING
 
 from flexgen.base.steps import step
+from flexgen.distributed.environment import is_rank
 from flexgen.errors import CapacityError, OptionError
 from flexgen.options import EngineOptions
 from flexgen.plan.formats import FormatChoice, Formats
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
     from flexgen.plan.model import ModelSpec
     from flexgen.plan.policy import Policy
     from flexgen.session.planned import PlannedEngine
+    from flexgen.session.stage_group import StageGroup
+    from flexgen.session.staged import StagedEngine
 
 
 # The approximate time of planning, in addition to loading.
@@ -96,8 +100,11 @@ class EngineSession:
 
     def __init__(self, model: ResolvedModel) -> None:
         self.model, self.options = model, model.options
-        self.engine: PlannedEngine | None = None
+        self.engine: PlannedEngine | StagedEngine | None = None
         self._formats: FormatChoice | None = None
+        self._group: StageGroup | None = None  # the other stages, once they were needed
+        if has_stages(self.options) and is_rank(os.environ):
+            self._join()  # the other ranks of torchrun wait
         self._planned = Workload(prompt_lens=(), output_lens=())  # the work that the engine was opened for
         self._hopeless = math.inf  # requests of so many tokens or more fit no plan
         self._slow_seconds = 0.0  # forecast of the jobs that another plan might have done faster
@@ -125,9 +132,13 @@ class EngineSession:
 
     def plan(self, workload: Workload) -> Plan:
         """Return the plan of the engine that `serving` would open if none were open; nothing is converted."""
+        if has_stages(self.options):
+            from flexgen.session.staged import plan_only
+
+            return plan_only(self.model, self.options, workload, self._join())
         return (choose_formats if self.options.allow_formats is not None else plan_job)(self.model, self.options, workload)
 
-    def serving(self, workload: Workload) -> PlannedEngine:
+    def serving(self, workload: Workload) -> PlannedEngine | StagedEngine:
         """Return the open engine if its plan serves the workload, else a fresh one.
 
         Raises:
@@ -170,13 +181,34 @@ class EngineSession:
         """Close the engine, and the trace, which no other engine will go on with."""
         self.close()
         self.model.end_trace()
+        group, self._group = self._group, None
+        if group is not None:
+            group.close()
 
-    def _opened(self, workload: Workload) -> PlannedEngine:
+    def _join(self) -> StageGroup:
+        """Return the stages of the pipeline, which begin now if they have not."""
+        if self._group is None:
+            step("loading PyTorch")
+            from flexgen.session.stage_group import StageGroup
+
+            assert self.options.stages is not None
+            self._group = StageGroup(self.model, self.options.stages)
+        return self._group
+
+    def _open(self, workload: Workload) -> PlannedEngine | StagedEngine:
+        if not has_stages(self.options):
+            return open_engine(self.model, self.options, workload)
+        group = self._join()
+        from flexgen.session.staged import StagedEngine
+
+        return StagedEngine(self.model, self.options, workload, group, self.model.recorder)
+
+    def _opened(self, workload: Workload) -> PlannedEngine | StagedEngine:
         if self.options.allow_formats is not None:
             choice = choose_formats(self.model, self.options, workload).formats
             assert choice is not None
             self._settle(choice)
-        engine = open_engine(self.model, self.options, workload)
+        engine = self._open(workload)
         if self._formats is not None:
             engine.plan = dataclasses.replace(engine.plan, formats=self._formats)
         self.engine, self._planned, self._slow_seconds = engine, workload, 0.0
@@ -185,7 +217,7 @@ class EngineSession:
         self._hopeless = min((total for total in _totals(workload) if total > policy.longest_sequence), default=math.inf)
         return engine
 
-    def _serves(self, engine: PlannedEngine, workload: Workload) -> bool:
+    def _serves(self, engine: PlannedEngine | StagedEngine, workload: Workload) -> bool:
         """Return whether the plan serves the workload and a new plan would not pay.
 
         A job that the plan was not made for may run slower than it could: once such jobs have taken as long as opening an engine does, a
@@ -198,6 +230,11 @@ class EngineSession:
         if _binds(policy, spec, self._planned, workload, self.options):
             self._slow_seconds += forecast.seconds
         return self._slow_seconds <= PLAN_SECONDS + engine.load_seconds
+
+
+def has_stages(options: EngineOptions) -> bool:
+    """Return whether the model is divided into stages."""
+    return options.stages is not None and options.stages > 1
 
 
 def with_room(workload: Workload, max_model_len: int) -> Workload:

@@ -1,0 +1,112 @@
+"""The ranks of a pipeline as a model's session sees them: who they are, and the channels between neighbours.
+
+All engines of a session share them, because ranks are started once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flexgen.base.quantities import MIB
+from flexgen.base.steps import step
+from flexgen.distributed.agreement import check_agreement
+from flexgen.distributed.channel import Receiver, Sender
+from flexgen.distributed.launch import start_followers
+from flexgen.distributed.ranks import Ranks, is_rank
+from flexgen.errors import OptionError, StageError
+from flexgen.session.model import ResolvedModel
+from flexgen.session.stage_facts import stage_facts
+from flexgen.session.stage_traces import gather_traces
+
+logger = logging.getLogger(__name__)
+
+JOB = "job"  # the key under which the leader tells followers that it started what to do
+PROBE_FRAMES, PROBE_BYTES = 8, MIB  # what measures the rate of a link
+FOLLOWER = "flexgen.session.follower"  # the module that they run
+
+
+class StageGroup:
+    """The stages of a pipeline, of which this process is the first.
+
+    Args:
+        found: The model.
+        num_stages: The number of stages, at least 2.
+
+    Attributes:
+        ranks: The ranks.
+        to_next: What sends to the second stage.
+        from_last: What receives from the last stage.
+        num_opened: The number of engines that were opened.
+
+    Raises:
+        OptionError: torchrun started another number of processes.
+        StageError: The stages differ in what all need alike, or one of them does not work.
+    """
+
+    def __init__(self, found: ResolvedModel, num_stages: int) -> None:
+        options = found.options
+        self.num_opened = self._ping_at = 0
+        self._found, self._hop_seconds = found, 0.0
+        with contextlib.ExitStack() as opened:
+            if is_rank(os.environ):
+                self.ranks = Ranks.join(os.environ, interface=options.interface)
+                opened.callback(self.ranks.close)
+                if self.ranks.size != num_stages:
+                    raise OptionError(f"stages={num_stages}, and torchrun has started {self.ranks.size} processes: both must be the same")
+            else:
+                step(f"starting {num_stages - 1} more stages on this machine")
+                followers = start_followers(num_stages, FOLLOWER, interface=options.interface)
+                opened.callback(followers.stop)
+                self.ranks = Ranks.join(followers.environment, interface=options.interface, listener=followers.listener)
+                opened.callback(self.ranks.close)
+                self.ranks.publish(JOB, {"model": str(found.files.name), "options": dataclasses.asdict(options)})
+            check_agreement(self.ranks, stage_facts(found, num_stages))
+            self.to_next: Sender = self.ranks.sender(1)
+            self.from_last: Receiver = self.ranks.receiver(num_stages - 1)
+            self._opened = opened.pop_all()
+
+    def tell(self, kind: str, header: dict[str, Any]) -> None:
+        """Send something to all followers, down the chain."""
+        self.to_next.send(kind, header)
+
+    def gather(self, key: str) -> list[dict[str, Any]]:
+        """Wait for what each follower publishes under `key`, and return it in the order of the stages, the second first."""
+        return [self.ranks.lookup(f"{key}/{rank}") for rank in range(1, self.ranks.size)]
+
+    def probe(self) -> None:
+        """Send what every link's rate is measured with."""
+        for _ in range(PROBE_FRAMES):
+            self.to_next.send("probe", {}, [torch.zeros(PROBE_BYTES, dtype=torch.uint8)])
+
+    def ping_seconds(self) -> float:
+        """Return the latency of a link, as the mean over the way down the chain and back."""
+        start = time.perf_counter()
+        if (recorder := self._found.recorder) is not None:
+            self._ping_at = recorder.now()
+        self.tell("ping", {})
+        self.from_last.receive()
+        self._hop_seconds = (time.perf_counter() - start) / self.ranks.size
+        return self._hop_seconds
+
+    def close(self) -> None:
+        """End all stages, and gather their traces; those that were started here are waited for.  The trace of this stage is complete."""
+        try:
+            self.tell("end", {})
+            trace = self._found.options.trace
+            if trace is not None and self._found.recorder is not None:
+                gather_traces(Path(trace), self._ping_at, round(1e6 * self._hop_seconds), self.from_last, self.ranks.hosts)
+            else:
+                while self.from_last.receive().kind != "end":
+                    pass
+        except StageError as error:  # what a stage could not do has been said, or the run is over anyway
+            logger.debug("the stages did not end as they should: %s", error)
+        finally:
+            self._opened.close()
