@@ -189,10 +189,10 @@ class EngineSession:
         """Return the stages of the pipeline, which begin now if they have not."""
         if self._group is None:
             step("loading PyTorch")
-            from flexgen.session.stage_group import StageGroup
+            from flexgen.session import stage_group
 
             assert self.options.stages is not None
-            self._group = StageGroup(self.model, self.options.stages)
+            self._group = stage_group.join_stages(self.model, self.options.stages)
         return self._group
 
     def _open(self, workload: Workload) -> PlannedEngine | StagedEngine:

@@ -33,45 +33,52 @@ PROBE_FRAMES, PROBE_BYTES = 8, MIB  # what measures the rate of a link
 FOLLOWER = "flexgen.session.follower"  # the module that they run
 
 
+def join_stages(found: ResolvedModel, num_stages: int) -> StageGroup:
+    """Return the stages of a pipeline: the processes that torchrun has started, or else more processes of this machine.
+
+    Raises:
+        OptionError: torchrun started another number of processes.
+        StageError: The stages differ in what all need alike, or one of them does not work.
+    """
+    options = found.options
+    with contextlib.ExitStack() as opened:
+        if is_rank(os.environ):
+            ranks = Ranks.join(os.environ, interface=options.interface)
+            opened.callback(ranks.close)
+            if ranks.size != num_stages:
+                raise OptionError(f"stages={num_stages}, and torchrun has started {ranks.size} processes: both must be the same")
+        else:
+            step(f"starting {num_stages - 1} more stages on this machine")
+            followers = start_followers(num_stages, FOLLOWER, interface=options.interface)
+            opened.callback(followers.stop)
+            ranks = Ranks.join(followers.environment, interface=options.interface, listener=followers.listener)
+            opened.callback(ranks.close)
+            ranks.publish(JOB, {"model": str(found.files.name), "options": dataclasses.asdict(options)})
+        check_agreement(ranks, stage_facts(found, num_stages))
+        return StageGroup(found, ranks, opened.pop_all())
+
+
 class StageGroup:
     """The stages of a pipeline, of which this process is the first.
 
     Args:
         found: The model.
-        num_stages: The number of stages, at least 2.
+        ranks: The ranks, at least 2.
+        opened: What ends the other stages.
 
     Attributes:
         ranks: The ranks.
         to_next: What sends to the second stage.
         from_last: What receives from the last stage.
         num_opened: The number of engines that were opened.
-
-    Raises:
-        OptionError: torchrun started another number of processes.
-        StageError: The stages differ in what all need alike, or one of them does not work.
     """
 
-    def __init__(self, found: ResolvedModel, num_stages: int) -> None:
-        options = found.options
+    def __init__(self, found: ResolvedModel, ranks: Ranks, opened: contextlib.ExitStack) -> None:
+        self.ranks, self._found, self._opened = ranks, found, opened
         self.num_opened = self._ping_at = 0
-        self._found, self._hop_seconds = found, 0.0
-        with contextlib.ExitStack() as opened:
-            if is_rank(os.environ):
-                self.ranks = Ranks.join(os.environ, interface=options.interface)
-                opened.callback(self.ranks.close)
-                if self.ranks.size != num_stages:
-                    raise OptionError(f"stages={num_stages}, and torchrun has started {self.ranks.size} processes: both must be the same")
-            else:
-                step(f"starting {num_stages - 1} more stages on this machine")
-                followers = start_followers(num_stages, FOLLOWER, interface=options.interface)
-                opened.callback(followers.stop)
-                self.ranks = Ranks.join(followers.environment, interface=options.interface, listener=followers.listener)
-                opened.callback(self.ranks.close)
-                self.ranks.publish(JOB, {"model": str(found.files.name), "options": dataclasses.asdict(options)})
-            check_agreement(self.ranks, stage_facts(found, num_stages))
-            self.to_next: Sender = self.ranks.sender(1)
-            self.from_last: Receiver = self.ranks.receiver(num_stages - 1)
-            self._opened = opened.pop_all()
+        self._hop_seconds = 0.0
+        self.to_next: Sender = ranks.sender(1)
+        self.from_last: Receiver = ranks.receiver(ranks.size - 1)
 
     def tell(self, kind: str, header: dict[str, Any]) -> None:
         """Send something to all followers, down the chain."""
