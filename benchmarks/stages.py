@@ -57,7 +57,7 @@ def make_requests(path: Path, count: int) -> None:
 @contextlib.contextmanager
 def reading_at(rate: int, rank: int, folder: Path) -> Iterator[Path]:
     """A cgroup whose processes read from the disk of a folder at this rate in bytes per second."""
-    device = os.stat(folder).st_dev
+    device = folder.stat().st_dev
     group = BLKIO / f"flexgen-stage-{os.getpid()}-{rank}"
     group.mkdir()
     try:

@@ -291,7 +291,7 @@ class Workshop:
         return self._flexgen(job)
 
     def _flexgen(self, job: Path, *flags: str) -> int:
-        return _flexgen(*command(self.folder / MODEL, self._requests(job), job), *flags)
+        return run_flexgen(*command(self.folder / MODEL, self._requests(job), job), *flags)
 
     def _under_condition(self, job: Path, fault: Fault) -> int:
         raise NotImplementedError
@@ -308,7 +308,7 @@ class Workshop:
 
     def _looking(self, job: Path, command: str) -> int:
         self._log_to(job)
-        return _flexgen(command, str(job / "out.jsonl"))
+        return run_flexgen(command, str(job / "out.jsonl"))
 
     def _log_to(self, job: Path) -> None:
         log = os.open(job / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
@@ -408,7 +408,7 @@ class Workshop:
         return len(keys) - len(set(keys)), wrong, len(wanted.keys() - set(keys))
 
 
-def _flexgen(*arguments: str) -> int:
+def run_flexgen(*arguments: str) -> int:
     """The exit code of the command."""
     sys.argv = ["flexgen", *arguments]
     try:
