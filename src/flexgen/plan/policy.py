@@ -67,8 +67,8 @@ class Policy:
         kv_host_bytes: The size of the page pool in host memory.
         kv_disk_bytes: The size of the page pool on disk.
         kv_tail_bytes: Host memory for pages on their way to disk that are not full yet.
-        kv_staging_bytes: Host memory for pages read ahead from disk (0 without KV on disk). It and all that follows are common to the blocks,
-            because one pass is computed at a time.
+        kv_staging_bytes: Host memory for pages read ahead from disk (0 without KV on disk). This and all that follows serves one pass at a
+            time, whatever its block.
         kv_ring_bytes: Memory on the device, and as much on the host, for pages on their way to attention on the device (0 if the host
             attends).
         host_ring_bytes: Staging memory for units that come from disk.

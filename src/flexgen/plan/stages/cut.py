@@ -1,4 +1,4 @@
-"""Where a model is cut into stages so that the dearest stage costs least.  Knows nothing of models: a stage has a cost, which grows with it."""
+"""Where a model is cut into stages so that the dearest stage costs least. A stage is any range that has a cost, which grows with it."""
 
 from __future__ import annotations
 

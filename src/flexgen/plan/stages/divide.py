@@ -190,23 +190,30 @@ def _divided(
         raise OptionError(f"{spec.name} can be cut into at most {len(edges) - 1} stages, not into {len(machines)}")
     asked = Bounds(request_seconds=options.max_request_seconds, job_seconds=options.max_job_seconds)
     share = 1 / len(machines)  # of a round, and so of a request's and the job's time, is a pass at the slowest stage
-    bounds, nearest = asked.tightened(share, share), None
+    bounds = asked.tightened(share, share)
+    nearest: Outcome | None = None
     for _ in range(ATTEMPTS):
         try:
             cut, common = _chosen(search, edges, bounds, hasty=hasty)
         except CapacityError:
-            if nearest is None:
+            if not asked.are_given:
                 raise
             break
         plans = [search.plan(stage, layers, common, hasty=hasty) for stage, layers in enumerate(cut)]
         plan = _told(cut, plans, link, workload)
-        nearest = Outcome(refused=0.0, seconds=plan.forecast.seconds, request_seconds=plan.forecast.request_seconds)
+        nearest = _outcome(plan)
         if not asked.excess(nearest.request_seconds, nearest.seconds):
             return plan
         tighter = ((asked.request_seconds, nearest.request_seconds), (asked.job_seconds, nearest.seconds))
         bounds = bounds.tightened(*(1.0 if most is None else most / taken for most, taken in tighter))
-    assert nearest is not None
+    if nearest is None:  # the bounds on a stage say nothing to people: what the whole takes without them does
+        cut, common = _chosen(search, edges, Bounds(), hasty=True)
+        nearest = _outcome(_told(cut, [search.plan(stage, layers, common, hasty=True) for stage, layers in enumerate(cut)], link, workload))
     raise CapacityError(too_slow(asked, nearest))
+
+
+def _outcome(plan: StagesPlan) -> Outcome:
+    return Outcome(refused=0.0, seconds=plan.forecast.seconds, request_seconds=plan.forecast.request_seconds)
 
 
 def _edges(num_layers: int, cut_points: Sequence[int] | None) -> list[int]:
@@ -253,8 +260,7 @@ def _decided(search: StageSearch, cut: Layers, deciding: Sequence[int], bounds: 
         try:
             return search.common(stage, cut[stage], bounds, HASTY if hasty else None)
         except CapacityError as error:
-            where = f"layers {cut[stage].start} to {cut[stage].stop - 1} on {search.machines[stage].name}"
-            problem = problem or CapacityError(f"stage {stage} of {len(cut)} ({where}): {error}")
+            problem = problem or CapacityError(f"{search.name(stage, cut[stage])}: {error}")
     assert problem is not None
     raise problem
 

@@ -118,10 +118,7 @@ class _Course:
         leading = max(alone, key=lambda key: (alone[key].num_refused, alone[key].num_passes))
         leader = alone[leading]
         played = {key: simulate(plan.spec, plan.policy, queue, like=leader) for key, plan in different.items()} | {leading: leader}
-        seconds = {
-            key: played[key].seconds(Expectation(plan.spec, plan.machine, plan.policy.dtype), plan.policy)
-            for key, plan in different.items()
-        }
+        seconds = {key: _pass_seconds(plan, played[key]) for key, plan in different.items()}
         stages = _columns([seconds[id(plan.policy)] for plan in plans], leader)
         sent = [_sent(plan, played[id(plan.policy)], link) for plan in plans[:-1]]
         exposed = [_exposed(plan, played[id(plan.policy)], busy, seconds[id(plan.policy)]) for plan, busy in zip(plans, sent, strict=False)]
@@ -134,6 +131,10 @@ class _Course:
         full = live >= FULL_BLOCK * live.max(initial=0)
         sampled = num_blocks * np.broadcast_to(self.leader.work.num_sampled, live.shape)
         return float(sampled[full].sum() / max(self.times.rounds(num_blocks)[full].sum(), 1e-9)) if full.any() else 0.0
+
+
+def _pass_seconds(plan: Plan, played: Simulation) -> Floats:
+    return played.seconds(Expectation(plan.spec, plan.machine, plan.policy.dtype), plan.policy)
 
 
 def _sent(plan: Plan, played: Simulation, link: LinkRate) -> Floats:

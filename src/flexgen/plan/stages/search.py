@@ -127,6 +127,10 @@ class StageSearch:
             self._specs[layers] = stage_spec(self._spec, layers, self.num_layers)
         return self._specs[layers]
 
+    def name(self, stage: int, layers: range) -> str:
+        """Return what messages call a stage."""
+        return f"stage {stage} of {len(self.machines)} (layers {layers.start} to {layers.stop - 1} on {self.machines[stage].name})"
+
     def rate(self, stage: int, layers: range) -> float:
         """Return the tokens/s of the best steady state of a stage by itself; 0 where nothing fits."""
         key = (self._alike[stage], self._signature(layers))
@@ -184,8 +188,7 @@ class StageSearch:
             try:
                 solution = found or solve(space)
             except CapacityError as error:
-                where = f"layers {layers.start} to {layers.stop - 1} on {machine.name}"
-                raise CapacityError(f"stage {stage} of {len(self.machines)} ({where}): {error}") from error
+                raise CapacityError(f"{self.name(stage, layers)}: {error}") from error
             told = forecast(solution, space.spec, machine, limits, self._block, process_bytes=process_bytes)
             self._plans[key] = Plan(spec=space.spec, machine=machine, policy=solution.policy, forecast=told)
         return dataclasses.replace(self._plans[key], spec=self.spec(layers), machine=machine)
