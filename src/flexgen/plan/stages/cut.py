@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 
 # The share of requests that never fit, then seconds: less is better, in this order.
@@ -24,6 +25,14 @@ def best_cut(cost: Callable[[int, range], Cost], edges: Sequence[int], begin: La
     while (better := _below(dearest(cost, best), cost, edges, best)) is not None:
         best = better
     return best
+
+
+def proportional_cut(weights: Sequence[float], edges: Sequence[int]) -> Layers:
+    """Return the cut whose stages have about so many layers relative to each other; each has one at least."""
+    last, ends = len(edges) - 1, [0]
+    for stage, reached in enumerate(itertools.accumulate(weights)):
+        ends.append(min(max(round(last * reached / sum(weights)), ends[-1] + 1), last - (len(weights) - 1 - stage)))
+    return tuple(range(edges[low], edges[high]) for low, high in itertools.pairwise(ends))
 
 
 def dearest(cost: Callable[[int, range], Cost], cut: Layers) -> Cost:

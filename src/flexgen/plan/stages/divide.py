@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +21,7 @@ from flexgen.plan.machine import Limits, Machine
 from flexgen.plan.model import ModelSpec
 from flexgen.plan.search.evaluate import Bounds, Outcome
 from flexgen.plan.search.optimise import too_slow
-from flexgen.plan.stages.cut import Cost, Layers, best_cut, dearest
+from flexgen.plan.stages.cut import Cost, Layers, best_cut, dearest, proportional_cut
 from flexgen.plan.stages.forecast import ROUND_TRIP, StagesForecast, forecast_stages
 from flexgen.plan.stages.pipeline import LinkRate
 from flexgen.plan.stages.search import NO_PLAN, Common, StageSearch
@@ -199,8 +198,7 @@ def _divided(
             if not asked.are_given:
                 raise
             break
-        plans = [search.plan(stage, layers, common, hasty=hasty) for stage, layers in enumerate(cut)]
-        plan = _told(cut, plans, link, workload)
+        plan = _told(cut, [search.plan(*each, common, hasty=hasty) for each in enumerate(cut)], link, workload)
         nearest = _outcome(plan)
         if not asked.excess(nearest.request_seconds, nearest.seconds):
             return plan
@@ -208,7 +206,7 @@ def _divided(
         bounds = bounds.tightened(*(1.0 if most is None else most / taken for most, taken in tighter))
     if nearest is None:  # the bounds on a stage say nothing to people: what the whole takes without them does
         cut, common = _chosen(search, edges, Bounds(), hasty=True)
-        nearest = _outcome(_told(cut, [search.plan(stage, layers, common, hasty=True) for stage, layers in enumerate(cut)], link, workload))
+        nearest = _outcome(_told(cut, [search.plan(*each, common, hasty=True) for each in enumerate(cut)], link, workload))
     raise CapacityError(too_slow(asked, nearest))
 
 
@@ -272,10 +270,7 @@ def _first_cut(search: StageSearch, edges: Sequence[int]) -> Layers:
     part = range(edges[begin], edges[min(begin + length, last)])
     rates = [search.rate(stage, part) for stage in range(number)]
     weights = [max(rate, LEAST_RATE * max(rates)) or 1.0 for rate in rates]
-    ends = [0]
-    for stage, reached in enumerate(itertools.accumulate(weights)):
-        ends.append(min(max(round(last * reached / sum(weights)), ends[-1] + 1), last - (number - 1 - stage)))
-    return tuple(range(edges[low], edges[high]) for low, high in itertools.pairwise(ends))
+    return proportional_cut(weights, edges)
 
 
 def _told(cut: Sequence[range], plans: Sequence[Plan], link: LinkRate, workload: Workload) -> StagesPlan:
