@@ -1,4 +1,4 @@
-"""Byte sizes ("4GiB", "16GB", "50%") and durations ("90s", "1h30m") as people write them, and back again."""
+"""Byte sizes ("4GiB", "50%"), durations ("90s", "1h30m") and links ("1Gbit,10ms") as people write them, and back again."""
 
 from __future__ import annotations
 
@@ -21,6 +21,10 @@ _SIZE = re.compile(rf"\s*{_NUMBER}\s*([A-Za-z]*)\s*")
 _PERCENT = re.compile(rf"\s*{_NUMBER}\s*%\s*")
 _PLAIN = re.compile(_NUMBER)
 _TIMES = (("d(?:ays?)?", 86400.0), ("h(?:ours?|rs?)?", 3600.0), ("m(?:in(?:utes?|s)?)?", 60.0), ("s(?:ec(?:onds?|s)?)?", 1.0))
+_BITS = {"KBIT": 1e3 / 8, "MBIT": 1e6 / 8, "GBIT": 1e9 / 8}
+_RATE = re.compile(rf"\s*{_NUMBER}\s*([A-Za-z]+)\s*(/\s*s)?\s*")
+_LATENCIES = {"us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0}
+_LATENCY = re.compile(rf"\s*{_NUMBER}\s*(us|µs|ms|s)\s*")
 _DURATION = re.compile("".join(f"(?:{_NUMBER}{unit})?" for unit, _ in _TIMES))
 
 
@@ -126,6 +130,36 @@ def format_seconds(seconds: float | None) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d} h" if hours else f"{minutes}:{rest:02d} min"
+
+
+def parse_link(text: str, *, name: str) -> tuple[float, float]:
+    """Return the bytes per second and the seconds of latency meant by "1Gbit,10ms" or "125MB/s,0.1ms".
+
+    Rates are in Kbit, Mbit or Gbit (per second, said or not), or a size per second.
+
+    Args:
+        text: The rate and the latency as a person wrote them.
+        name: The option's name for messages, such as `--link`.
+
+    Raises:
+        OptionError: The text is not that of a link.
+    """
+    parts = text.split(",")
+    rate, latency = _RATE.fullmatch(parts[0]), _LATENCY.fullmatch(parts[-1])
+    per_s = 0.0
+    if rate is not None:
+        unit = rate[2].upper()
+        per_s = float(rate[1]) * (_BITS.get(unit) or (_UNITS.get(unit, 0) if rate[3] else 0))
+    if len(parts) != 2 or latency is None or not per_s:
+        raise OptionError(f"{name} {in_python(text)} is not a link; write its rate and its latency, such as 1Gbit,10ms or 125MB/s,0.1ms")
+    return per_s, float(latency[1]) * _LATENCIES[latency[2]]
+
+
+def format_link(bytes_per_s: float, latency_s: float) -> str:
+    """Write a link for people: "1 Gbit/s, 10 ms"."""
+    bits = 8 * bytes_per_s
+    unit, name = next(((unit, name) for unit, name in ((1e9, "Gbit/s"), (1e6, "Mbit/s"), (1e3, "Kbit/s")) if bits >= unit), (1.0, "bit/s"))
+    return f"{bits / unit:.3g} {name}, {1000 * latency_s:.3g} ms"
 
 
 def power_of_two(size: int) -> int:

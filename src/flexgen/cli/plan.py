@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from flexgen.base.steps import step
-from flexgen.cli import plan_answer
+from flexgen.cli import plan_answer, plan_stages
 from flexgen.cli.exit_codes import ExitCode
 from flexgen.cli.options import engine_command, takes
 from flexgen.cli.reading import Reading, check_source, lengths_of
@@ -135,6 +135,7 @@ class _Question:
 @engine_command
 @takes("lengths", Lengths)
 @takes("reading", Reading)
+@takes("pipeline", plan_stages.Pipeline)
 def plan(
     model: Annotated[
         str,
@@ -145,6 +146,7 @@ def plan(
     options: EngineOptions,
     lengths: Lengths,
     reading: Reading,
+    pipeline: plan_stages.Pipeline,
     machine: Annotated[
         str | None,
         typer.Option(
@@ -157,7 +159,8 @@ def plan(
         bool,
         typer.Option(
             "--json",
-            help="Print JSON: model, machine, limits, policy, forecast, formats, faster_format, other_formats, pareto if asked for.",
+            help="Print JSON: model, machine, limits, policy, forecast, formats, faster_format, other_formats, pareto if asked for; of "
+            "several machines model, link, forecast, bound_by, bubble_share, round_trip_seconds, stages, one_more.",
         ),
     ] = False,
 ) -> int:
@@ -170,13 +173,17 @@ def plan(
         raise OptionError("a plan runs nothing that could be traced: leave out --trace")
     if source is not None and lengths.given():
         raise OptionError(f"the lengths come from --input: leave out {lengths.given()[0]}")
+    plan_stages.check(pipeline, options, pareto=pareto)
     check_source(source, reading)
 
     def workload_of(context: int) -> Workload:
         return _equal_lengths(lengths, context, options) if source is None else lengths_of(source, reading, model, options)
 
     with showing("auto"):
-        told = _told(model, options, machine, workload_of, pareto=pareto, as_json=as_json)
+        if pipeline.is_asked_for:
+            told = plan_stages.told(model, options, machine, pipeline, workload_of, as_json=as_json)
+        else:
+            told = _told(model, options, machine, workload_of, pareto=pareto, as_json=as_json)
     print(told)
     return ExitCode.ALL_ANSWERED
 

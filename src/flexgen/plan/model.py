@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,15 +13,16 @@ from operator import itemgetter
 from flexgen.base.from_json import dataclass_from_json, parsed_json
 from flexgen.errors import OptionError
 from flexgen.plan.policy import PAGE_TOKENS
+from flexgen.plan.unit_names import split_name
 
-# Matches the number of a layer in the name of a unit.
-_LAYER_NUMBER = re.compile(r"(?<=\.)(0|[1-9]\d*)(?=\.| |$)")
 _ENCODED, _IN_INT8, _DECODED_FROM = "encoded_bytes", "int8_flops_per_token", "decoded_from"
 _OPERATIONS, _EXPERTS = "operations", "expert_numbers_per_token"
 # What is left out of the JSON of a model whose KV is in the dtype of computing.
 _KV_FORMAT, _LOW_BIT = "kv_format", ("exact_bytes_per_token", "slot_bytes_per_token")
 # What is left out of the JSON of a model whose generated tokens attend to all that they see.
 _SPARSE, _OF_SPARSE = "sparse_attention", {"value_bytes_per_token": 0, "queries_per_key": 1, "key_heads": 1}
+# What is left out of that of groups whose layers are not known.
+_LAYERS = "layers"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +70,7 @@ class KVGroupSpec:
         value_bytes_per_token: The bytes of one token's values in one layer; 0 where that does not matter.
         queries_per_key: The number of query heads that share a key head; 1 where that does not matter.
         key_heads: The number of key heads; 1 where that does not matter.
+        layers: The model's own indices of these layers; empty where they are not known.
     """
 
     num_layers: int
@@ -81,6 +82,7 @@ class KVGroupSpec:
     value_bytes_per_token: int = 0
     queries_per_key: int = 1
     key_heads: int = 1
+    layers: tuple[int, ...] = ()
 
     @property
     def disk_bytes_per_token(self) -> int:
@@ -189,6 +191,11 @@ class ModelSpec:
         return sum(unit.int8_flops_per_token for unit in self.units)
 
     @cached_property
+    def has_head(self) -> bool:
+        """Whether logits are computed: by every model, but by the last of its stages only."""
+        return any(unit.head for unit in self.units)
+
+    @cached_property
     def head_flops_per_token(self) -> float:
         return sum(unit.flops_per_token for unit in self.units if unit.head)
 
@@ -214,6 +221,9 @@ class ModelSpec:
             for group in fields["kv_groups"]:
                 for name in _OF_SPARSE:
                     del group[name]
+        for group in fields["kv_groups"]:
+            if not group[_LAYERS]:
+                del group[_LAYERS]
         lists = {name: fields.pop(name) for name in ("kv_groups", "unit_kinds", "unit_runs")}
         lines = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in fields.items()]
         lines += [f"{json.dumps(name)}: [\n  " + ",\n  ".join(map(json.dumps, values)) + "\n]" for name, values in lists.items()]
@@ -234,7 +244,7 @@ class ModelSpec:
                 kind.setdefault(_IN_INT8, 0.0)
             fields = {_KV_FORMAT: None, _SPARSE: None, _DECODED_FROM: {}, _OPERATIONS: 0, _EXPERTS: 0} | fields
             for group in fields.get("kv_groups", ()):
-                for name, default in (_OF_SPARSE | dict.fromkeys(_LOW_BIT, 0)).items():
+                for name, default in (_OF_SPARSE | dict.fromkeys(_LOW_BIT, 0) | {_LAYERS: []}).items():
                     group.setdefault(name, default)
             units = _unpacked(dataclass_from_json(_PackedUnits, packed, "model"))
             return dataclasses.replace(dataclass_from_json(cls, fields | {"units": []}, "model"), units=units)
@@ -274,7 +284,7 @@ def _packed(units: Iterable[UnitSpec]) -> _PackedUnits:
     kinds: dict[UnitSpec, int] = {}
     numbered: list[tuple[int | None, int]] = []
     for unit in units:
-        layer, name = _split_name(unit.name)
+        layer, name = split_name(unit.name)
         numbered.append((layer, kinds.setdefault(dataclasses.replace(unit, name=name), len(kinds))))
     runs: list[_Run] = []
     for layer, members in groupby(numbered, key=itemgetter(0)):
@@ -293,11 +303,3 @@ def _unpacked(packed: _PackedUnits) -> tuple[UnitSpec, ...]:
         for layer in range(run.layers)
         for kind in map(packed.unit_kinds.__getitem__, run.kinds)
     )
-
-
-def _split_name(name: str) -> tuple[int | None, str]:
-    """Return the layer's number and the name with "{}" in its place, or (None, the name) if the name has no number."""
-    match = _LAYER_NUMBER.search(name)
-    if match is None or "{}" in name:
-        return None, name
-    return int(match[0]), name[: match.start()] + "{}" + name[match.end() :]

@@ -62,17 +62,21 @@ class Policy:
         sparse_attention: The share of positions that a head of a generated token keeps; None for all.
         host_attention: Whether the host attends to the KV in its memory for next tokens; if not, the pages that they see come to the
             device.  On "cpu" there is nothing to choose.
+        num_blocks: The number of blocks of sequences in flight, each of which has a pool of its own of every size below.
         kv_device_bytes: The size of the page pool on the device.
         kv_host_bytes: The size of the page pool in host memory.
         kv_disk_bytes: The size of the page pool on disk.
-        kv_staging_bytes: Host memory for pages read ahead from disk (0 without KV on disk).
         kv_tail_bytes: Host memory for pages on their way to disk that are not full yet.
+        kv_staging_bytes: Host memory for pages read ahead from disk (0 without KV on disk). This and all that follows serves one pass at a
+            time, whatever its block.
         kv_ring_bytes: Memory on the device, and as much on the host, for pages on their way to attention on the device (0 if the host
             attends).
         host_ring_bytes: Staging memory for units that come from disk.
         device_ring_bytes: Staging memory on the device for units that are not at home there (0 on "cpu").
         copies_in_bytes: Memory on the device, and as much on the host, for what a pass copies to the device beside weights (0 on "cpu").
         copies_out_bytes: Memory on the host for what a pass copies from the device (0 on "cpu").
+        hidden_bytes: Host memory for the hidden states of a pass that come from another stage, and of one that go to another (0 with one
+            block).
         workspace_bytes: Memory reserved for activations and temporary tensors.
         embedding_resident: Whether the input embedding stays in memory (rows are gathered from disk otherwise).
         schedule: "diagonal", "zigzag" or "row".
@@ -92,6 +96,7 @@ class Policy:
     kv_format: str | None = None
     sparse_attention: float | None = None
     host_attention: bool = True
+    num_blocks: int = 1
     kv_device_bytes: int = 0
     kv_host_bytes: int = 0
     kv_disk_bytes: int = 0
@@ -99,6 +104,7 @@ class Policy:
     device_ring_bytes: int = 0
     copies_in_bytes: int = 0
     copies_out_bytes: int = 0
+    hidden_bytes: int = 0
     workspace_bytes: int = 0
     embedding_resident: bool
     schedule: str
@@ -115,8 +121,8 @@ class Policy:
 
     @property
     def kv_bytes(self) -> int:
-        """The bytes of all page pools."""
-        return self.kv_device_bytes + self.kv_host_bytes + self.kv_disk_bytes
+        """The bytes of all page pools of all blocks."""
+        return self.num_blocks * (self.kv_device_bytes + self.kv_host_bytes + self.kv_disk_bytes)
 
 
 def kept_positions(share: float, num_visible: int) -> int:

@@ -34,13 +34,13 @@ def format_plan(plan: Plan) -> str:
     lines = [
         f"plan: {policy.device}, {policy.dtype}{_products(spec)}, {policy.schedule} schedule, {policy.compute_threads} compute and "
         f"{policy.io_threads} I/O threads",
-        f"  weights  {format_size(spec.decoded_bytes)} in {counted(len(spec.units), 'unit')}: {_shares(policy.weights)}; "
+        f"  weights  {format_size(spec.decoded_bytes)} in {counted(len(spec.units), 'unit')}: {format_shares(policy.weights)}; "
         f"{kept}staging {format_size(staging)}{_copies(policy)}, workspace {format_size(policy.workspace_bytes)}",
-        f"  KV       {format_size(policy.kv_bytes)}: {_shares(policy.kv)}; {_kv_format(policy)}"
+        f"  KV       {format_size(policy.kv_bytes)}: {format_shares(policy.kv)}; {_kv_format(policy)}"
         f"{format_size(spec.kv_bytes_per_token)} per token{_padded(policy, spec)}, "
         f"pages of {policy.page_tokens} tokens{_attention(policy)}",
         f"  a pass   up to {counted(policy.max_num_seqs, 'sequence')} and, on average, {counted(policy.prefill_tokens, 'prompt token')}; "
-        f"{counted(policy.micro_batch_tokens, 'token')} at a time",
+        f"{counted(policy.micro_batch_tokens, 'token')} at a time{_blocks(policy)}",
     ]
     chosen = format_choice(plan.formats) if plan.formats is not None else []
     lines += [f"  {line}" for line in format_forecast(plan.forecast)]
@@ -52,6 +52,10 @@ def _copies(policy: Policy) -> str:
     """Return the memory, on both sides, for what passes copy between host and device; nothing on a CPU."""
     size_bytes = 2 * (policy.copies_in_bytes + policy.kv_ring_bytes) + policy.copies_out_bytes
     return f", copies {format_size(size_bytes)}" if size_bytes else ""
+
+
+def _blocks(policy: Policy) -> str:
+    return f"; {policy.num_blocks} blocks of sequences in flight" if policy.num_blocks > 1 else ""
 
 
 def _attention(policy: Policy) -> str:
@@ -187,7 +191,7 @@ def format_curve(curve: Sequence[ParetoPoint]) -> str:
         longest = point.request_seconds  # rounded up, so that the plan keeps what is shown as a bound
         longest = math.ceil(10 * longest) / 10 if longest < 60 else math.ceil(longest)
         cells = [format_seconds(longest), f"{point.tokens_per_s:,.2f}", f"{policy.max_num_seqs:,}", policy.schedule]
-        rows.append([*cells, _shares(policy.weights), _shares(policy.kv)])
+        rows.append([*cells, format_shares(policy.weights), format_shares(policy.kv)])
     return "\n".join(f"  {line}" for line in aligned(rows))
 
 
@@ -205,7 +209,8 @@ def resource_name(name: str) -> str:
     return "issuing work" if name == "lead" else name.replace("_", " ")
 
 
-def _shares(fractions: Fractions) -> str:
+def format_shares(fractions: Fractions) -> str:
+    """Return the shares of homes, without those that have none."""
     shares = dataclasses.asdict(fractions)
     return ", ".join(f"{tier} {share:.1%}" for tier, share in shares.items() if share) or "nowhere"
 

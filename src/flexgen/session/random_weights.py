@@ -57,7 +57,7 @@ class RandomWeights:
             StorageError: It cannot be written.
         """
         extents = list(left_on_disk(model, policy))
-        size, granted = size_on_disk(extents), self._limits.disk_bytes - policy.kv_disk_bytes
+        size, granted = size_on_disk(extents), self._limits.disk_bytes - policy.num_blocks * policy.kv_disk_bytes
         if size > granted:
             raise CapacityError(
                 f"random weights take {format_size(size)} of disk, {format_size(max(granted, 0))} are granted: raise disk=, or place them "

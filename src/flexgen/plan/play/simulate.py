@@ -85,8 +85,9 @@ class Simulation:
     Attributes:
         work: The work of each pass: a PassWork whose numbers are arrays over the passes.
         live: The number of sequences in each pass.
-        kv_bytes: Per home tier, the bytes of pages held during each pass.
-        first_passes: The first pass of every group of equal requests that entered together.
+        kv_bytes: Per home tier, the bytes of pages held during each pass; empty where admissions were given.
+        queue: The runs of requests that can fit.
+        groups: The groups of equal requests that entered together.
         end_passes: The pass after the last one of every such group.
         num_requests: The number of requests of the job.
         num_refused: The number of those whose KV can never fit; they are left out.
@@ -95,7 +96,8 @@ class Simulation:
     work: PassWork
     live: Ints
     kv_bytes: dict[str, Ints]
-    first_passes: Ints
+    queue: Queue
+    groups: Admissions
     end_passes: Ints
     num_requests: int
     num_refused: int
@@ -103,6 +105,11 @@ class Simulation:
     @property
     def num_passes(self) -> int:
         return len(self.live)
+
+    @property
+    def first_passes(self) -> Ints:
+        """The first pass of every group of equal requests that entered together."""
+        return self.groups.first_pass
 
     def passes(self) -> list[PassWork]:
         """Return the work of each pass."""
@@ -135,7 +142,9 @@ class Simulation:
         return float(np.maximum.reduce(list(self.ideal_seconds(machine, dtype).values())).sum())
 
 
-def simulate(spec: ModelSpec, policy: Policy, job: Workload | Queue, *, weights: PassWork | None = None) -> Simulation:
+def simulate(
+    spec: ModelSpec, policy: Policy, job: Workload | Queue, *, weights: PassWork | None = None, like: Simulation | None = None
+) -> Simulation:
     """Play `job` under `policy`.
 
     A request admitted by pass p computes its prompt there, scores it if that is wanted, and yields its first token; its n-th and last comes
@@ -149,12 +158,18 @@ def simulate(spec: ModelSpec, policy: Policy, job: Workload | Queue, *, weights:
         policy: The policy to play.
         job: The job, or its requests as a queue.
         weights: The work of moving weights in every pass; None to compute it here.
+        like: The same job as played where its requests enter: at another stage, with pools of its own. They enter here in the same passes,
+            in homes of this policy. None to play it here.
     """
     tiers = [tier for tier in TIERS if getattr(policy, f"kv_{tier}_bytes") > 0 and getattr(policy.kv, tier) > 0]
     weights = weights or weights_work(spec, unit_homes(spec, policy.weights), policy.device)
     whole = job if isinstance(job, Queue) else queue_of(job)
-    queue, num_refused, groups, used = _play(spec, policy, whole, tiers)
-    first_passes, end_passes = groups.first_pass, groups.first_pass + queue.output_len[groups.run]
+    if like is None:
+        queue, num_refused, groups, used = _play(spec, policy, whole, tiers)
+    else:
+        queue, num_refused, used = like.queue, like.num_refused, ()
+        groups = _rehomed(like.groups, [getattr(policy.kv, tier) for tier in tiers])
+    end_passes = groups.first_pass + queue.output_len[groups.run]
     num_passes = int(end_passes.max(initial=0))
     load = _load(spec, policy, queue, groups, tiers, num_passes)
     work = price(load, spec, policy, weights)
@@ -162,8 +177,9 @@ def simulate(spec: ModelSpec, policy: Policy, job: Workload | Queue, *, weights:
     return Simulation(
         work=work,
         live=_spread(live, num_passes).astype(np.int64),
-        kv_bytes=dict(zip(tiers, used, strict=True)),
-        first_passes=first_passes,
+        kv_bytes=dict(zip(tiers, used, strict=like is None)),
+        queue=queue,
+        groups=groups,
         end_passes=end_passes,
         num_requests=whole.num_requests,
         num_refused=num_refused,
@@ -196,6 +212,22 @@ def _play(spec: ModelSpec, policy: Policy, queue: Queue, tiers: Sequence[str]) -
     columns = (queue.prompt_len, queue.output_len, queue.reserved_len, queue.found_len, queue.count)
     groups, used = admit(columns, Needs(held=held, shared=shared), pools, rules)
     return queue, num_refused, Admissions(*groups), used
+
+
+def _rehomed(groups: Admissions, shares: Sequence[float]) -> Admissions:
+    """Return the same sequences in other pools, which have these shares of all sequences so far, to within a few sequences."""
+    due = np.zeros(len(shares))
+    rows: list[tuple[int, int, int, int]] = []
+    for first_pass, run, count in zip(groups.first_pass.tolist(), groups.run.tolist(), groups.num_seqs.tolist(), strict=True):
+        due += count * np.array(shares)
+        given = np.floor(np.maximum(due, 0)).astype(np.int64)
+        while given.sum() != count:  # a pool that had too many before has fewer now
+            short = given.sum() < count
+            given[np.argmax(due - given) if short else np.argmin(np.where(given > 0, due - given, np.inf))] += 1 if short else -1
+        due -= given
+        rows += [(first_pass, run, pool, number) for pool, number in enumerate(given.tolist()) if number]
+    columns = np.array(rows, dtype=np.int64).reshape(-1, 4).T
+    return Admissions(*columns)
 
 
 def _load(spec: ModelSpec, policy: Policy, queue: Queue, groups: Admissions, tiers: Sequence[str], num_passes: int) -> PassLoad:

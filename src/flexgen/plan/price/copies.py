@@ -1,4 +1,4 @@
-"""Accounts for the memory that copies between the host and a device land in and start from, beside those of weights."""
+"""Accounts for the memory that copies between the host and a device, or between stages, land in and start from, beside those of weights."""
 
 from __future__ import annotations
 
@@ -20,11 +20,19 @@ INDEX_TENSORS = 4  # with a number for each token, and for each sequence and lay
 
 
 def with_copies(policy: Policy, spec: ModelSpec, sizes: JobSizes) -> Policy:
-    """Return the policy with memory for the copies of its passes."""
-    if not has_device_tier(policy.device):
+    """Return the policy with memory for the copies of its passes, and for the hidden states that pass between stages."""
+    if not has_device_tier(policy.device) and policy.num_blocks == 1:
         return policy
     into, out = copies_bytes(spec, sizes, policy)
-    return dataclasses.replace(policy, copies_in_bytes=into, copies_out_bytes=out)
+    return dataclasses.replace(policy, copies_in_bytes=into, copies_out_bytes=out, hidden_bytes=hidden_bytes(spec, sizes, policy))
+
+
+def hidden_bytes(spec: ModelSpec, sizes: JobSizes, policy: Policy) -> int:
+    """Return the host memory for the hidden states of two passes, of which one arrives while the other leaves; none with one block."""
+    if policy.num_blocks == 1:
+        return 0
+    tokens, _ = tokens_at_once(sizes, policy, policy.max_num_seqs)
+    return align_up(2 * tokens * spec.hidden_size * DTYPE_BYTES[policy.dtype], PAGE_BYTES)
 
 
 def copies_bytes(spec: ModelSpec, sizes: JobSizes, policy: Policy, max_num_seqs: int | None = None) -> tuple[int, int]:

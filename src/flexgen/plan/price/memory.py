@@ -45,8 +45,9 @@ SORTED_COPIES = 10
 # What is kept of a scored position until its pass is over, and of each of the likeliest tokens beside it: float64 and int64 in tensors,
 # then Python's numbers.
 SCORE_BYTES, LIKELIEST_BYTES = 256, 128
-# The part of host memory for weights that are kept as stored, and that of device memory which belongs to no tensor.
-ENCODED, CUDA = "encoded weights", "CUDA context and libraries"
+# The parts of host memory for weights that are kept as stored and for what passes between stages, and that of device memory which belongs
+# to no tensor.
+ENCODED, HIDDEN, CUDA = "encoded weights", "hidden states", "CUDA context and libraries"
 
 
 def footprint(policy: Policy, spec: ModelSpec, limits: Limits, *, process_bytes: int) -> dict[str, dict[str, int]]:
@@ -83,22 +84,25 @@ def reserved(
     computing = {"small tensors": small_bytes, "embedding": embedding_bytes * policy.embedding_resident}
     computing |= {"workspace": policy.workspace_bytes}
     host = {"process": process_bytes, "allowance": allowance_bytes(limits), "weights": held["host"], ENCODED: held["encoded"]}
-    host |= {"KV": policy.kv_host_bytes, "weight staging": policy.host_ring_bytes}
-    host |= {"KV staging": policy.kv_staging_bytes + policy.kv_tail_bytes}
+    blocks = policy.num_blocks
+    host |= {"KV": blocks * policy.kv_host_bytes, "weight staging": policy.host_ring_bytes}
+    host |= {"KV staging": policy.kv_staging_bytes + blocks * policy.kv_tail_bytes}
     host |= {"copies": policy.copies_in_bytes + policy.copies_out_bytes + policy.kv_ring_bytes}
+    if policy.hidden_bytes:
+        host[HIDDEN] = policy.hidden_bytes
     tiers = {"host": host}
     if not has_device_tier(policy.device):
         host |= computing
     else:
         host["decoding"] = decoding_bytes
         device = {CUDA: limits.device_overhead_bytes, **computing, "weights": held["device"]}
-        device |= {"weight staging": policy.device_ring_bytes, "KV": policy.kv_device_bytes}
+        device |= {"weight staging": policy.device_ring_bytes, "KV": blocks * policy.kv_device_bytes}
         device |= {"copies": policy.copies_in_bytes + policy.kv_ring_bytes}
         tiers["device"] = device
     if limits.offload_in_memory:
-        host["KV in a memory file system"] = policy.kv_disk_bytes
+        host["KV in a memory file system"] = blocks * policy.kv_disk_bytes
     elif policy.kv_disk_bytes:
-        tiers["disk"] = {"KV": policy.kv_disk_bytes}
+        tiers["disk"] = {"KV": blocks * policy.kv_disk_bytes}
     return tiers
 
 
@@ -133,9 +137,10 @@ def activation_bytes(spec: ModelSpec, sizes: JobSizes, policy: Policy, max_num_s
     computing = running * ((4 * hidden + 3 * intermediate) * size + 8 * hidden)
     if spec.int8_flops_per_token:  # the codes of the input that was rounded last, the sums of products
         computing += running * max(intermediate, hidden) + INT8_SUMS_BYTES
-    logits = most * spec.vocab_size * 4 * 2 * sizes.has_answers
+    has_logits = sizes.has_answers and spec.has_head
+    logits = most * spec.vocab_size * 4 * 2 * has_logits
     if has_device_tier(policy.device):  # the host chooses tokens from one row at a time
-        logits += SAMPLED_COPIES * min(most * spec.vocab_size * 8, SAMPLED_BLOCK_BYTES) * sizes.has_answers
+        logits += SAMPLED_COPIES * min(most * spec.vocab_size * 8, SAMPLED_BLOCK_BYTES) * has_logits
     decoded = 2 if spec.kv_format is None else 4  # prompts attend to their own pages as these are stored, too
     attention = 4 * max(running, longest_prompt) * hidden * size + decoded * sizes.layer + _sparse_bytes(spec, sizes, size)
     if has_device_tier(policy.device):
@@ -172,7 +177,7 @@ def _sparse_bytes(spec: ModelSpec, sizes: JobSizes, size: int) -> int:
 
 def _scoring_bytes(spec: ModelSpec, sizes: JobSizes, policy: Policy, max_num_seqs: int) -> int:
     """Return the bytes of a slice of the logits of scored positions, and of all scores of a pass."""
-    scored = min(sizes.scored_tokens, max_num_seqs * sizes.most_scored)
+    scored = min(sizes.scored_tokens, max_num_seqs * sizes.most_scored) * spec.has_head
     held = min(SCORED_SLICE_BYTES, scored * spec.vocab_size * DTYPE_BYTES[policy.dtype])
     return SCORED_COPIES * held + scored * (SCORE_BYTES + LIKELIEST_BYTES * sizes.num_likeliest)
 

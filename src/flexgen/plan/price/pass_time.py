@@ -69,7 +69,7 @@ class Expectation:
         self._issuing_seconds = _issuing_seconds(spec, machine, self._num_layers)
         elementwise = machine.elementwise.get(dtype, machine.host_memory).typical
         self._token_seconds = self._num_layers * elementwise_bytes(spec.hidden_size, spec.intermediate_size, dtype) / elementwise
-        self._score_seconds = PASSES_PER_LOGIT * LOGIT_BYTES * spec.vocab_size / elementwise
+        self._score_seconds = PASSES_PER_LOGIT * LOGIT_BYTES * spec.vocab_size / elementwise * spec.has_head
         self._attention = machine.attention[dtype].typical if dtype in machine.attention else self._dense[-1][1].typical
         self._decoding, self._device_decoding = decoding_rate(spec, machine, dtype), device_decoding_rate(spec, machine, dtype)
 
@@ -133,7 +133,7 @@ class Expectation:
         compute = compute + work.device_decoded_bytes / self._device_decoding
         lead = micro_batches * self._issuing_seconds + work.num_streamed_units * overheads.per_unit
         lead = lead + work.num_sequences * overheads.per_sequence
-        lead = lead + work.num_tokens * overheads.per_gathered_row * (not policy.embedding_resident)
+        lead = lead + work.num_tokens * overheads.per_gathered_row * (not policy.embedding_resident and self.spec.embedding_row_bytes > 0)
         host = self.steps_seconds("host", work.host_step_flops, work.host_step_bytes, work.host_sparse_step_bytes)
         host = host + work.decoded_bytes / self._decoding
         working = work.disk_read_bytes * machine.disk_core_seconds_per_byte + work.num_disk_requests * machine.disk_request.core_seconds

@@ -38,6 +38,7 @@ class Drafts:
         process_bytes: The resident memory of the process before any weight is loaded.
         kv: The pinned shares of KV; None where they are free.
         num_seqs: The number of live sequences that a draft has workspace for.
+        num_blocks: The number of blocks of sequences in flight.
     """
 
     def __init__(
@@ -52,9 +53,10 @@ class Drafts:
         process_bytes: int,
         kv: Fractions | None,
         num_seqs: int,
+        num_blocks: int = 1,
     ) -> None:
         self._spec, self._machine, self._limits, self._sizes, self._placed = spec, machine, limits, sizes, placed
-        self._dtype, self._process_bytes, self._kv, self._least_seqs = dtype, process_bytes, kv, num_seqs
+        self._dtype, self._process_bytes, self._kv, self._least_seqs, self._num_blocks = dtype, process_bytes, kv, num_seqs, num_blocks
         self._embedding_bytes = embedding_table_bytes(spec)
         self._known: dict[tuple[Fractions, str, int, int, bool, bool], Policy] = {}
 
@@ -86,6 +88,7 @@ class Drafts:
             kv_format=self._spec.kv_format,
             sparse_attention=self._spec.sparse_attention,
             host_attention=host_attention,
+            num_blocks=self._num_blocks,
             kv_device_bytes=0,
             kv_host_bytes=0,
             kv_disk_bytes=0,
@@ -122,6 +125,7 @@ class Drafts:
         computing = "device" if has_device_tier(draft.device) else "host"
         into, out = grown.copies_in_bytes - draft.copies_in_bytes, grown.copies_out_bytes - draft.copies_out_bytes
         into += grown.kv_ring_bytes - draft.kv_ring_bytes
+        out += grown.hidden_bytes - draft.hidden_bytes
         sizes = {"device": into, "host": into + out}
         return sizes | {computing: sizes[computing] + grown.workspace_bytes - draft.workspace_bytes}
 

@@ -1,4 +1,7 @@
-"""The pools of KV: what they take of the memory that a draft leaves, tier by tier, and what KV on disk takes of the host beside them."""
+"""The pools of KV: what they take of the memory that a draft leaves, tier by tier, and what KV on disk takes of the host beside them.
+
+Each block of sequences in flight has pools of its own, all alike; sizes of pools are those of one block.
+"""
 
 from __future__ import annotations
 
@@ -28,18 +31,22 @@ class KVPools:
         limits: The budgets.
         disk_bytes: The bytes for KV on disk.
         kv: The pinned shares of KV; None where they are free.
+        num_blocks: The number of blocks of sequences in flight.
 
     Attributes:
-        staged: The host bytes that a byte of KV on disk takes.
+        staged: The host bytes that a byte of KV on disk takes, of whatever block.
     """
 
-    def __init__(self, spec: ModelSpec, sizes: JobSizes, limits: Limits, disk_bytes: int, kv: Fractions | None) -> None:
+    def __init__(
+        self, spec: ModelSpec, sizes: JobSizes, limits: Limits, disk_bytes: int, kv: Fractions | None, num_blocks: int = 1
+    ) -> None:
         self._spec, self._sizes, self._limits, self._disk_bytes, self._kv = spec, sizes, limits, disk_bytes, kv
-        # Staging holds two layers of all KV on disk (one that is attended to, one on its way), and a page per sequence.
+        self._num_blocks = num_blocks
+        # Staging holds two layers of a block's KV on disk (one that is attended to, one on its way), and a page per sequence of all blocks.
         layer = max((group.disk_bytes_per_token for group in spec.kv_groups), default=0)
         self._read_ahead = 2 * layer / max(spec.kv_bytes_per_token, 1)
         self._tails = PAGE_TOKENS * spec.exact_kv_bytes_per_token / sizes.mean
-        self.staged = self._read_ahead + self._tails
+        self.staged = self._read_ahead / num_blocks + self._tails
 
     def sized(self, free: dict[str, int], homes: KVHomes, max_num_seqs: int | None = None) -> dict[str, int]:
         """Return the pool bytes per tier, at most what so many sequences (by default all requests) can need.
@@ -55,6 +62,7 @@ class KVPools:
             pools = kv_pools(free, on_disk, homes.memory, homes.disk, staged=self.staged)
         else:
             pools = self._pinned(self._kv, {tier: max(size, 0) for tier, size in free.items()})
+        pools = {tier: size // self._num_blocks for tier, size in pools.items()}
         # A sequence's KV has one home, so each tier may leave almost the bytes of the largest sequence unused.
         live = sizes.all if max_num_seqs is None else min(sizes.all, max_num_seqs * sizes.largest)
         enough = live + sizes.largest * sum(size > 0 for size in pools.values())
@@ -64,7 +72,10 @@ class KVPools:
         return {tier: int(size * share) for tier, size in pools.items()}
 
     def _pinned(self, kv: Fractions, free: dict[str, int]) -> dict[str, int]:
-        """Return the largest pools in the given proportion; those on disk take staging, or all of a folder in memory, from the host's."""
+        """Return the largest pools of all blocks in the given proportion.
+
+        Those on disk take staging, or all of a folder in memory, from the host's.
+        """
         growth = self._spec.disk_kv_growth
         host = kv.host + kv.disk * (self.staged + growth * self._limits.offload_in_memory)
         totals = [free["host"] / host] if host else []

@@ -63,7 +63,8 @@ def _needs(space: Space, weights: Fractions, homes: Fractions) -> dict[str, dict
     """Return the needs of the smallest plan for one request, by tier and part; its largest tier of KV can hold the request."""
     draft = space.smallest(weights, spills=homes.disk > 0)
     largest = max(homes.device, homes.host, homes.disk)
-    kv = {tier: math.ceil(space.sizes.smallest * getattr(homes, tier) / largest) + ROUNDING_BYTES for tier in TIERS}
+    blocks = space.num_blocks
+    kv = {tier: blocks * (math.ceil(space.sizes.smallest * getattr(homes, tier) / largest) + ROUNDING_BYTES) for tier in TIERS}
     needs = {tier: dict(parts) for tier, parts in space.drafts.used(draft).items()}
     on_disk = kv["disk"] if homes.disk else 0
     needs["host"]["KV staging"] += math.ceil(space.pools.staged * on_disk)
@@ -71,11 +72,15 @@ def _needs(space: Space, weights: Fractions, homes: Fractions) -> dict[str, dict
     if space.limits.offload_in_memory:
         needs["host"]["KV in a memory file system"] = on_disk
     if on_disk:
-        needs["disk"] = {ONE_REQUEST: on_disk}
+        needs["disk"] = {_kv_name(space): on_disk}
     for tier in ("host", "device"):
         if getattr(homes, tier):
-            needs[tier][ONE_REQUEST] = kv[tier]
+            needs[tier][_kv_name(space)] = kv[tier]
     return needs
+
+
+def _kv_name(space: Space) -> str:
+    return ONE_REQUEST if space.num_blocks == 1 else f"{ONE_REQUEST} in each of {space.num_blocks} blocks"
 
 
 def _sentence(space: Space, tier: str, parts: Mapping[str, int]) -> str:
@@ -84,7 +89,7 @@ def _sentence(space: Space, tier: str, parts: Mapping[str, int]) -> str:
     return (
         f"{space.spec.name} needs at least {_gib_above(needed)} GiB of {tier}{' memory' * (tier != 'disk')} ({listed}), "
         f"{format_size(budget)} are in the budget, {_gib_above(needed - budget)} GiB are missing: raise {_OPTIONS[tier]} to "
-        f"{_gib_above(needed)}GiB{_advice(space, tier, shorter=parts.get(ONE_REQUEST, 0) > needed - budget)}"
+        f"{_gib_above(needed)}GiB{_advice(space, tier, shorter=parts.get(_kv_name(space), 0) > needed - budget)}"
     )
 
 

@@ -43,6 +43,7 @@ def space_of(
     *,
     process_bytes: int,
     kv_tiers: Sequence[str] = TIERS,
+    num_blocks: int = 1,
 ) -> Space:
     """Return the policies to choose from.
 
@@ -54,12 +55,13 @@ def space_of(
         workload: The job.
         process_bytes: The resident memory of the process before any weight is loaded.
         kv_tiers: The tiers where KV may live; the disk is never chosen when the offload folder lies in memory.
+        num_blocks: The number of blocks in flight, of which the job is one.
 
     Raises:
         OptionError: An option cannot be honoured on this device.
     """
     planned = _servable(spec, limits, expected(workload) if len(workload) else NOMINAL_WORKLOAD)
-    return Space(options, spec, machine, limits, planned, process_bytes, kv_tiers)
+    return Space(options, spec, machine, limits, planned, process_bytes, kv_tiers, num_blocks)
 
 
 def _servable(spec: ModelSpec, limits: Limits, workload: Workload) -> Workload:

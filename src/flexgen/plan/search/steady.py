@@ -34,7 +34,7 @@ class FreeMemory:
     Attributes:
         memory_bytes: Per tier, the bytes left for weights, KV, and what grows with the sequences; on disk, those for KV only.
         sequence_bytes: Per tier, the bytes that each live sequence takes besides its KV.
-        kv_bytes: The KV bytes of a live sequence on average.
+        kv_bytes: The KV bytes of a live sequence on average, times the blocks of such sequences in flight.
         staged: The host bytes that a byte of KV on disk takes.
         disk_growth: The bytes on disk that it takes there.
     """

@@ -65,6 +65,23 @@ def find_machine(name: str) -> Machine:
     raise OptionError(f"machine={name!r} is neither a file nor a known machine; {hint}")
 
 
+def machine_names(text: str) -> list[str]:
+    """Return the names or files of several machines, which stand between commas; "t4-gcp*4" stands for four that are alike.
+
+    Raises:
+        OptionError: A name is empty, or what follows its last star is not a number of machines.
+    """
+    names: list[str] = []
+    for part in text.split(","):
+        name, star, number = part.strip().rpartition("*")
+        if not star:
+            name, number = number, "1"
+        if not name.strip() or not number.strip().isdecimal() or not int(number):
+            raise OptionError(f"machines={text!r}: {part!r} is not a machine; write names or files between commas, NAME*4 for four alike")
+        names += [name.strip()] * int(number)
+    return names
+
+
 def _machine_of(text: str, name: str) -> Machine:
     """Return the machine of a JSON text; `name` becomes its name where a few figures give none."""
     fields = parsed_json(text, NOT_A_MACHINE)

@@ -1,0 +1,300 @@
+"""Divides a model among machines that are the stages of a pipeline, so that the slowest stage is as fast as possible.
+
+With K stages there are K blocks of sequences in flight, whose passes follow each other through the stages. Each pass takes the slowest
+stage's time, so what is best for that stage by itself, a block's job and a K-th of the memory for its KV (search.py), is best for all: it
+decides how many sequences a block has and how large passes and micro-batches are. All other stages keep to that, each with homes of its
+own for weights and KV. The layers are cut so that the slowest stage is fastest (cut.py); where another one is the slowest then, it decides
+in turn, and the better of both counts. What comes of it is played as a whole (forecast.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from flexgen.errors import CapacityError, OptionError
+from flexgen.options import EngineOptions
+from flexgen.plan.machine import Limits, Machine
+from flexgen.plan.model import ModelSpec
+from flexgen.plan.search.evaluate import Bounds, Outcome
+from flexgen.plan.search.optimise import too_slow
+from flexgen.plan.stages.cut import Cost, Layers, best_cut, dearest, proportional_cut
+from flexgen.plan.stages.forecast import ROUND_TRIP, StagesForecast, forecast_stages
+from flexgen.plan.stages.pipeline import LinkRate
+from flexgen.plan.stages.search import NO_PLAN, Common, StageSearch
+from flexgen.plan.tell.forecast import Forecast, Plan
+from flexgen.plan.tell.spill import LEAST_SPILL_GAIN
+from flexgen.plan.workload import Workload
+
+__all__ = ["ROUND_TRIP", "LinkRate", "OneMore", "StagePlan", "StagesPlan", "again", "divide", "one_more"]
+
+# How often the stage that is slowest decides anew, and how often bounds on time are tightened until the whole keeps them.
+ROUNDS, ATTEMPTS = 4, 4
+# The share of the usual effort of a search for a plan that is only compared with another.
+HASTY = 0.1
+# Machines on which nothing fits count as so many times slower than the fastest, in the first cut.
+LEAST_RATE = 1e-3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StagePlan:
+    """The plan of one stage.
+
+    Attributes:
+        layers: Its decoder layers. The first stage has the embedding as well, the last the final norm and the head.
+        plan: Its plan, with the forecast of a block's passes there.
+        bound_by: What decides the time of its passes: a resource of its machine, or "link", where what it sends takes longer.
+        seconds_per_pass: The mean time of a pass there.
+        busy_share: The share of the job's time in which it computes.
+    """
+
+    layers: range
+    plan: Plan
+    bound_by: str
+    seconds_per_pass: float
+    busy_share: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StagesPlan:
+    """The plans of all stages, with the forecast of the whole.
+
+    Attributes:
+        stages: The stages, in order.
+        forecast: What is expected of all together: memory and bytes are those of all stages, the resources of a pass those of the slowest.
+        link: The link between stages.
+        bound_by: What decides the time of most rounds: "stage 3", "link 0", or "round trip" (see `StagesForecast`).
+        bubble_share: The share of the job's time in which even the busiest stage waits: while the pipeline fills and drains, and for what
+            is still on its way through the others.
+        round_trip_seconds: The mean seconds of a pass through all stages and back.
+    """
+
+    stages: tuple[StagePlan, ...]
+    forecast: Forecast
+    link: LinkRate
+    bound_by: str
+    bubble_share: float
+    round_trip_seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OneMore:
+    """What one machine more would bring.
+
+    Attributes:
+        like: The machine that it is a copy of: that of the slowest stage.
+        speedup: How many times as fast the job would be.
+    """
+
+    like: str
+    speedup: float
+
+
+def divide(
+    options: EngineOptions,
+    spec: ModelSpec,
+    machines: Sequence[Machine],
+    limits: Sequence[Limits],
+    workload: Workload,
+    *,
+    process_bytes: Sequence[int],
+    link: LinkRate,
+    cut_points: Sequence[int] | None = None,
+) -> StagesPlan:
+    """Return the best plans of a pipeline's stages.
+
+    Unless the options place KV, plans that write more bytes of KV to disk than the weights have are chosen only if that gains at least
+    LEAST_SPILL_GAIN, or if the options give a budget on disk.
+
+    Args:
+        options: The options, which hold for every stage; numbers of sequences and tokens are those of a pass, and bounds on time those of
+            the whole. `dtype` must be a concrete dtype, and `device` is taken from `limits`.
+        spec: The whole model.
+        machines: The machine of each stage, in order.
+        limits: The budgets of each stage.
+        workload: The job.
+        process_bytes: The resident memory of each stage's process before any weight is loaded.
+        link: The link between a stage and the next, and from the last one back.
+        cut_points: The layers at which stages may begin; None for all.
+
+    Raises:
+        OptionError: There are more stages than the model can be cut into, or an option cannot be honoured.
+        CapacityError: A stage does not fit its machine (the message names both), or the job takes longer than it may.
+    """
+    job = (options, spec, machines, limits, workload)
+    given: dict[str, Any] = {"process_bytes": process_bytes, "link": link, "cut_points": cut_points}
+    plan = _divided(*job, **given, hasty=False)
+    if options.kv is not None or options.disk is not None or plan.forecast.disk_written_bytes <= spec.checkpoint_bytes:
+        return plan
+    dry = [dataclasses.replace(each, disk_bytes=0) for each in limits]
+    try:
+        without = _divided(*job[:3], dry, workload, **given, hasty=False)
+    except CapacityError:
+        return plan
+    gain = without.forecast.seconds / max(plan.forecast.seconds, 1e-9) - 1
+    return plan if gain >= LEAST_SPILL_GAIN or without.forecast.num_refused > plan.forecast.num_refused else without
+
+
+def again(plan: StagesPlan, workload: Workload, link: LinkRate | None = None) -> StagesPlan:
+    """Return the same stages with the forecast of another job, or over another link."""
+    return _told([stage.layers for stage in plan.stages], [stage.plan for stage in plan.stages], link or plan.link, workload)
+
+
+def one_more(
+    plan: StagesPlan,
+    options: EngineOptions,
+    spec: ModelSpec,
+    machines: Sequence[Machine],
+    limits: Sequence[Limits],
+    workload: Workload,
+    *,
+    process_bytes: Sequence[int],
+    cut_points: Sequence[int] | None = None,
+) -> OneMore | None:
+    """Return about what one machine more would bring, a copy of the slowest stage's behind it; None where there is no layer for it.
+
+    Args:
+        plan: The plan without it; the other arguments are those of `divide`.
+    """
+    slowest = max(range(len(machines)), key=lambda stage: plan.stages[stage].busy_share)
+    places = [*range(slowest + 1), *range(slowest, len(machines))]
+    more = [[each[place] for place in places] for each in (machines, limits, process_bytes)]
+    try:
+        other = _divided(
+            options, spec, more[0], more[1], workload, process_bytes=more[2], link=plan.link, cut_points=cut_points, hasty=True
+        )  # fmt: skip
+    except (CapacityError, OptionError):
+        return None
+    return OneMore(like=machines[slowest].name, speedup=plan.forecast.seconds / max(other.forecast.seconds, 1e-9))
+
+
+def _divided(
+    options: EngineOptions,
+    spec: ModelSpec,
+    machines: Sequence[Machine],
+    limits: Sequence[Limits],
+    workload: Workload,
+    *,
+    process_bytes: Sequence[int],
+    link: LinkRate,
+    cut_points: Sequence[int] | None,
+    hasty: bool,
+) -> StagesPlan:
+    search = StageSearch(options, spec, machines, limits, workload, process_bytes=process_bytes, link=link)
+    edges = _edges(search.num_layers, cut_points)
+    if len(edges) <= len(machines):
+        raise OptionError(f"{spec.name} can be cut into at most {len(edges) - 1} stages, not into {len(machines)}")
+    asked = Bounds(request_seconds=options.max_request_seconds, job_seconds=options.max_job_seconds)
+    share = 1 / len(machines)  # of a round, and so of a request's and the job's time, is a pass at the slowest stage
+    bounds = asked.tightened(share, share)
+    nearest: Outcome | None = None
+    for _ in range(ATTEMPTS):
+        try:
+            cut, common = _chosen(search, edges, bounds, hasty=hasty)
+        except CapacityError:
+            if not asked.are_given:
+                raise
+            break
+        plan = _told(cut, [search.plan(*each, common, hasty=hasty) for each in enumerate(cut)], link, workload)
+        nearest = _outcome(plan)
+        if not asked.excess(nearest.request_seconds, nearest.seconds):
+            return plan
+        tighter = ((asked.request_seconds, nearest.request_seconds), (asked.job_seconds, nearest.seconds))
+        bounds = bounds.tightened(*(1.0 if most is None else most / taken for most, taken in tighter))
+    if nearest is None:  # the bounds on a stage say nothing to people: what the whole takes without them does
+        cut, common = _chosen(search, edges, Bounds(), hasty=True)
+        nearest = _outcome(_told(cut, [search.plan(*each, common, hasty=True) for each in enumerate(cut)], link, workload))
+    raise CapacityError(too_slow(asked, nearest))
+
+
+def _outcome(plan: StagesPlan) -> Outcome:
+    return Outcome(refused=0.0, seconds=plan.forecast.seconds, request_seconds=plan.forecast.request_seconds)
+
+
+def _edges(num_layers: int, cut_points: Sequence[int] | None) -> list[int]:
+    """Return the layers at which stages may begin or end."""
+    inner = range(1, num_layers) if cut_points is None else cut_points
+    return [0, *sorted({layer for layer in inner if 0 < layer < num_layers}), num_layers]
+
+
+def _chosen(search: StageSearch, edges: Sequence[int], bounds: Bounds, *, hasty: bool) -> tuple[Layers, Common]:
+    """Return the best cut, and what all stages do alike.
+
+    Raises:
+        CapacityError: A stage does not fit, or none is as fast as the bounds require.
+    """
+    cut = _first_cut(search, edges)
+    found: dict[Common, tuple[Cost, Layers]] = {}
+    rates = [search.rate(stage, layers) for stage, layers in enumerate(cut)]
+    deciding = sorted(range(len(cut)), key=rates.__getitem__)  # slowest first
+    for _ in range(ROUNDS):
+        common = _decided(search, cut, deciding, bounds, hasty=hasty)
+        if common in found:
+            break
+        cost, cut = _cut_for(search, edges, common, cut)
+        while cost == NO_PLAN and common.max_num_seqs > 1:
+            common = common.quartered()
+            cost, cut = _cut_for(search, edges, common, cut)
+        found[common] = cost, cut
+        costs = [search.cost(stage, layers, common) for stage, layers in enumerate(cut)]
+        deciding = sorted(range(len(cut)), key=costs.__getitem__, reverse=True)[:1]
+    common = min(found, key=lambda each: found[each][0])
+    return found[common][1], common
+
+
+def _cut_for(search: StageSearch, edges: Sequence[int], common: Common, begin: Layers) -> tuple[Cost, Layers]:
+    cost = functools.partial(search.cost, common=common)
+    cut = best_cut(cost, edges, begin)
+    return dearest(cost, cut), cut
+
+
+def _decided(search: StageSearch, cut: Layers, deciding: Sequence[int], bounds: Bounds, *, hasty: bool) -> Common:
+    """Return what is best for the first of these stages that has a plan by itself."""
+    problem: CapacityError | None = None
+    for stage in deciding:
+        try:
+            return search.common(stage, cut[stage], bounds, HASTY if hasty else None)
+        except CapacityError as error:
+            problem = problem or CapacityError(f"{search.name(stage, cut[stage])}: {error}")
+    assert problem is not None
+    raise problem
+
+
+def _first_cut(search: StageSearch, edges: Sequence[int]) -> Layers:
+    """Return a cut in proportion to the rates of the machines, each by itself with an equal part of the layers."""
+    number, last = len(search.machines), len(edges) - 1
+    begin, length = (last - last // number) // 2, max(last // number, 1)
+    part = range(edges[begin], edges[min(begin + length, last)])
+    rates = [search.rate(stage, part) for stage in range(number)]
+    weights = [max(rate, LEAST_RATE * max(rates)) or 1.0 for rate in rates]
+    return proportional_cut(weights, edges)
+
+
+def _told(cut: Sequence[range], plans: Sequence[Plan], link: LinkRate, workload: Workload) -> StagesPlan:
+    """Return the plans of the stages with the forecast of the whole."""
+    told = forecast_stages(plans, link, workload)
+    return StagesPlan(
+        stages=tuple(
+            StagePlan(
+                layers=layers,
+                plan=plan,
+                bound_by=_bound_by(told, stage, plan),
+                seconds_per_pass=told.seconds_per_pass[stage],
+                busy_share=told.busy_shares[stage],
+            )
+            for stage, (layers, plan) in enumerate(zip(cut, plans, strict=True))
+        ),
+        forecast=told.forecast,
+        link=link,
+        bound_by=told.bound_by,
+        bubble_share=max(1 - max(told.busy_shares), 0.0),
+        round_trip_seconds=told.round_trip_seconds,
+    )
+
+
+def _bound_by(told: StagesForecast, stage: int, plan: Plan) -> str:
+    sent = told.link_seconds_per_pass[stage] if stage < len(told.link_seconds_per_pass) else 0.0
+    return "link" if sent > told.seconds_per_pass[stage] else plan.forecast.bottleneck

@@ -1,0 +1,221 @@
+"""Policies of stages: each is a machine with a range of layers. What is found is kept, and shared by machines that are alike."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from flexgen.errors import CapacityError, OptionError
+from flexgen.options import EngineOptions
+from flexgen.plan.machine import Limits, Machine, has_device_tier
+from flexgen.plan.model import ModelSpec
+from flexgen.plan.policy import Policy
+from flexgen.plan.search.evaluate import Bounds
+from flexgen.plan.search.optimise import Search, Solution
+from flexgen.plan.search.solve import NOMINAL_WORKLOAD, solve, space_of
+from flexgen.plan.search.space import Space
+from flexgen.plan.stages.cut import Cost
+from flexgen.plan.stages.pipeline import LinkRate
+from flexgen.plan.stages.spec import num_layers_of, stage_spec
+from flexgen.plan.tell.forecast import Plan, forecast
+from flexgen.plan.workload import Workload
+
+# The share of the usual effort of a search with which stages are compared: only their placements are free.
+COMPARING = 0.05
+NO_PLAN: Cost = (float("inf"), float("inf"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Common:
+    """What all stages do alike, because the same passes go through them.
+
+    Attributes:
+        schedule: As in Policy.
+        max_num_seqs: As in Policy: the most sequences of a block.
+        prefill_tokens: As in Policy; None where the schedule decides.
+        micro_batch_tokens: As in Policy.
+    """
+
+    schedule: str
+    max_num_seqs: int
+    prefill_tokens: int | None
+    micro_batch_tokens: int
+
+    @classmethod
+    def of(cls, policy: Policy) -> Common:
+        """Return what a policy does that all stages must do alike."""
+        return cls(
+            schedule=policy.schedule,
+            max_num_seqs=policy.max_num_seqs,
+            prefill_tokens=policy.prefill_tokens if policy.schedule == "diagonal" else None,
+            micro_batch_tokens=policy.micro_batch_tokens,
+        )
+
+    def quartered(self) -> Common:
+        """Return the same for a quarter of the sequences."""
+        quota = self.prefill_tokens and max(self.prefill_tokens // 4, 1)
+        return dataclasses.replace(self, max_num_seqs=max(self.max_num_seqs // 4, 1), prefill_tokens=quota)
+
+
+def block_of(workload: Workload, num_blocks: int) -> Workload:
+    """Return the requests of one of so many blocks, between which the requests are dealt out in the order in which they enter."""
+    kept = workload.reserved_lens or workload.output_lens
+    order = sorted(range(len(workload)), key=lambda place: -kept[place])
+    return workload.take(order[::num_blocks])
+
+
+class StageSearch:
+    """The policies of all stages that a model could have on some machines.
+
+    Args:
+        options: The options; they hold for every stage.
+        spec: The whole model.
+        machines: The machine of each stage.
+        limits: Its budgets.
+        workload: The whole job.
+        process_bytes: The resident memory of each stage's process before any weight is loaded.
+        link: The link between stages.
+
+    Attributes:
+        num_layers: The number of decoder layers of the model.
+
+    Raises:
+        OptionError: An option cannot be honoured on stages.
+    """
+
+    def __init__(
+        self,
+        options: EngineOptions,
+        spec: ModelSpec,
+        machines: Sequence[Machine],
+        limits: Sequence[Limits],
+        workload: Workload,
+        *,
+        process_bytes: Sequence[int],
+        link: LinkRate,
+    ) -> None:
+        self.num_layers, self.machines, self.limits, self.workload, self.link = num_layers_of(spec), machines, limits, workload, link
+        self._spec, self._process_bytes, self._num_blocks = spec, process_bytes, len(machines)
+        self._block = block_of(workload if len(workload) else NOMINAL_WORKLOAD, len(machines))
+        self._options = [self._options_of(options, each.device) for each in limits]
+        whole = list(zip(machines, limits, process_bytes, strict=True))
+        self._alike = [whole.index(each) for each in whole]
+        self._specs: dict[range, ModelSpec] = {}
+        self._signatures: dict[object, int] = {}
+        self._signature_of: dict[range, int] = {}
+        self._found: dict[tuple[int, int, Common], Solution | None] = {}
+        self._rates: dict[tuple[int, int], float] = {}
+        self._plans: dict[tuple[int, int, Common], Plan] = {}
+
+    def _options_of(self, options: EngineOptions, device: str) -> EngineOptions:
+        """Return the options of a stage without bounds on time, which are those of the whole.
+
+        Beside a device the host attends to KV in its memory: a sequence's home is a combination of tiers, one per stage, and the ring that
+        brings pages over a link knows the tier of one stage only.
+        """
+        attention = options.host_attention
+        if self._num_blocks > 1 and has_device_tier(device):
+            if attention == "off":
+                raise OptionError("host_attention='off': on several stages the host attends to KV in its memory; leave host_attention out")
+            attention = "on"
+        return dataclasses.replace(options, device=device, host_attention=attention, max_request_seconds=None, max_job_seconds=None)
+
+    def spec(self, layers: range) -> ModelSpec:
+        """Return the costs of a stage with these layers."""
+        if layers not in self._specs:
+            self._specs[layers] = stage_spec(self._spec, layers, self.num_layers)
+        return self._specs[layers]
+
+    def name(self, stage: int, layers: range) -> str:
+        """Return what messages call a stage."""
+        return f"stage {stage} of {len(self.machines)} (layers {layers.start} to {layers.stop - 1} on {self.machines[stage].name})"
+
+    def rate(self, stage: int, layers: range) -> float:
+        """Return the tokens/s of the best steady state of a stage by itself; 0 where nothing fits."""
+        key = (self._alike[stage], self._signature(layers))
+        if key not in self._rates:
+            self._rates[key] = Search(self._space(stage, layers, None)).steady_rate()
+        return self._rates[key]
+
+    def common(self, stage: int, layers: range, bounds: Bounds, patience: float | None) -> Common:
+        """Return what is best for a stage by itself.
+
+        Args:
+            stage: The number of the stage.
+            layers: Its layers.
+            bounds: The bounds on the passes of a block there.
+            patience: How many times the usual effort the search may spend; None for once.
+
+        Raises:
+            CapacityError: Nothing fits, or nothing is as fast as the bounds require.
+        """
+        space = self._space(stage, layers, None)
+        search = Search(space) if patience is None else Search(space, patience=patience)
+        return Common.of(search.best(bounds).policy)
+
+    def cost(self, stage: int, layers: range, common: Common) -> Cost:
+        """Return the share of a block's requests that can never fit a stage, and the seconds of its passes there."""
+        found = self.found(stage, layers, common)
+        return NO_PLAN if found is None else (found.refused, found.seconds)
+
+    def found(self, stage: int, layers: range, common: Common) -> Solution | None:
+        """Return about the best placement of a stage; None where nothing fits."""
+        key = (self._alike[stage], self._signature(layers), common)
+        if key not in self._found:
+            try:
+                self._found[key] = Search(self._space(stage, layers, common), patience=COMPARING).best(Bounds())
+            except CapacityError:
+                self._found[key] = None
+        return self._found[key]
+
+    def plan(self, stage: int, layers: range, common: Common, *, hasty: bool) -> Plan:
+        """Return the plan of a stage, whose forecast is that of a block's passes there.
+
+        Args:
+            stage: The number of the stage.
+            layers: Its layers.
+            common: What all stages do alike.
+            hasty: Whether the placement by which stages were compared is good enough.
+
+        Raises:
+            CapacityError: Nothing fits; the message names the stage and its machine.
+        """
+        key = (self._alike[stage], self._signature(layers), common)
+        machine, limits, process_bytes = self.machines[stage], self.limits[stage], self._process_bytes[stage]
+        if key not in self._plans:
+            space, found = self._space(stage, layers, common, waiting=False), self.found(stage, layers, common) if hasty else None
+            try:
+                solution = found or solve(space)
+            except CapacityError as error:
+                raise CapacityError(f"{self.name(stage, layers)}: {error}") from error
+            told = forecast(solution, space.spec, machine, limits, self._block, process_bytes=process_bytes)
+            self._plans[key] = Plan(spec=space.spec, machine=machine, policy=solution.policy, forecast=told)
+        return dataclasses.replace(self._plans[key], spec=self.spec(layers), machine=machine)
+
+    def _space(self, stage: int, layers: range, common: Common | None, *, waiting: bool = True) -> Space:
+        """Return the policies of a stage: all, or those with what all stages do alike.
+
+        Where passes are `waiting` for those of other stages, each takes the latency of a link longer: stages that take equally long leave
+        no time in which it could pass unnoticed.
+        """
+        options, machine = self._options[stage], self.machines[stage]
+        if common is not None:
+            options = dataclasses.replace(options, **dataclasses.asdict(common))
+        if waiting and self._num_blocks > 1:
+            overheads = dataclasses.replace(machine.overheads, per_pass=machine.overheads.per_pass + self.link.latency_s)
+            machine = dataclasses.replace(machine, overheads=overheads)
+        return space_of(
+            options, self.spec(layers), machine, self.limits[stage], self._block, process_bytes=self._process_bytes[stage],
+            num_blocks=self._num_blocks,
+        )  # fmt: skip
+
+    def _signature(self, layers: range) -> int:
+        """Return a number that ranges have in common whose stages cost the same: other layers, but alike."""
+        if layers not in self._signature_of:
+            spec = self.spec(layers)
+            units = tuple(dataclasses.replace(unit, name="") for unit in spec.units)
+            groups = tuple(dataclasses.replace(group, layers=()) for group in spec.kv_groups)
+            alike = (len(layers), units, groups, spec.embedding_bytes, spec.embedding_row_bytes)
+            self._signature_of[layers] = self._signatures.setdefault(alike, len(self._signatures))
+        return self._signature_of[layers]
