@@ -21,7 +21,7 @@ from flexgen.base.recorder import check_trace
 from flexgen.cli.exit_codes import ExitCode, complain, complain_of_bug, complain_of_disk
 from flexgen.cli.numbers import in_words
 from flexgen.cli.spelling import ENGINE_FLAGS, flag_of, in_flags
-from flexgen.distributed.environment import is_follower, is_rank
+from flexgen.distributed.place import is_placed
 from flexgen.errors import FlexGenError, OptionError, StorageError, is_disk_failure, is_out_of_memory
 from flexgen.options import (
     ALLOWABLE_FORMATS,
@@ -238,11 +238,11 @@ def follow_if_told(model: str, options: EngineOptions) -> None:
     Raises:
         OptionError: torchrun started several processes, and the options name no stages.
     """
-    if not is_rank(os.environ):
+    if not is_placed(os.environ):
         return
     if options.stages is None and os.environ["WORLD_SIZE"] != "1":
         raise OptionError(f"torchrun has started {os.environ['WORLD_SIZE']} processes: give --stages {os.environ['WORLD_SIZE']}")
-    if is_follower(os.environ):
+    if os.environ["RANK"] != "0":
         from flexgen.session.follower import follow_leader
 
         raise typer.Exit(follow_leader(model, options))

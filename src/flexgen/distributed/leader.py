@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -45,13 +45,11 @@ class StagePipeline(Pipeline):
         self._runner, self._lanes, self._num_stages = runner, lanes, num_stages
         self._to_next, self._from_last = to_next, from_last
         self._known: set[int] = set()  # the sequences whose requests the last stage has
-        self._forgotten: list[int] = []  # those that it need not have any more, although nobody has told it yet
+        self._forgotten: list[int] = []  # those that all stages need not know any more, although nobody has told them yet
         self._flying: deque[tuple[int, int, dict[str, float]]] = deque()  # (block, pass, waits) in the order of beginning
         self.passes_begun, self.figures = 0, StageFigures()
 
-    def begin(
-        self, block: int, plan: PassPlan, requests: Mapping[int, LiveSequence], on_unit: Callable[[int], None] = lambda unit: None
-    ) -> None:
+    def begin(self, block: int, plan: PassPlan, requests: Mapping[int, LiveSequence], on_unit: Callable[[int], None]) -> None:
         number, self.passes_begun = self.passes_begun, self.passes_begun + 1
         plans = [self._lanes.for_stage(plan, stage) for stage in range(self._num_stages)]
         header, masks = self._sampling(plan, requests)
@@ -95,8 +93,6 @@ class StagePipeline(Pipeline):
         waits = waits | {"stages": time.perf_counter() - start}
         return [read_answer(each) for each in frame.header["answers"]], waits
 
-    def forget(self, sequence_ids: Iterable[int]) -> None:
-        for each in sequence_ids:
-            if each in self._known:
-                self._known.discard(each)
-                self._forgotten.append(each)
+    def forget(self, sequence_ids: Collection[int]) -> None:
+        self._known.difference_update(sequence_ids)
+        self._forgotten += sequence_ids

@@ -21,6 +21,7 @@ from flexgen.distributed.boundaries import HIDDEN, LinkBoundary, PassAbandoned
 from flexgen.distributed.channel import Frame
 from flexgen.distributed.figures import StageFigures
 from flexgen.distributed.last_stage import LastStage
+from flexgen.distributed.launch import end_with_parent
 from flexgen.distributed.leader import PASS, RESULT
 from flexgen.distributed.messages import for_next_stage, read_plan
 from flexgen.distributed.ranks import Ranks
@@ -150,6 +151,7 @@ class Stage:
         runner, plan, number = self._runner, read_plan(header["plan"]), header["pass"]
         if runner is None:
             raise EngineError(f"pass {number} came to a stage that is not open")
+        runner.forget(set(header["forget"]))
         if self._last is not None:
             self._last.learn(header, frame.tensors)
         start = time.perf_counter()
@@ -167,7 +169,7 @@ class Stage:
 
     def _tell_figures(self, frame: Frame) -> None:
         if self._runner is not None:
-            self._ranks.publish(f"figures/{frame.header['number']}/{self._ranks.rank}", self._figures.message(self._runner))
+            self._ranks.publish(f"figures/{frame.header['asked']}/{self._ranks.rank}", self._figures.message(self._runner))
 
     def _close(self, frame: Frame) -> None:
         self._runner = self._last = None
@@ -221,6 +223,7 @@ def follow_leader(model: str, options: EngineOptions) -> int:
 
 def main() -> int:
     """Serve a leader on the same host, which says what to do."""
+    end_with_parent(os.environ)
     ranks = Ranks.join(os.environ)
     job = ranks.lookup(JOB)
     return follow(ranks, job["model"], EngineOptions(**job["options"]))

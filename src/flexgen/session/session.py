@@ -10,7 +10,7 @@ import os
 from typing import TYPE_CHECKING
 
 from flexgen.base.steps import step
-from flexgen.distributed.environment import is_rank
+from flexgen.distributed.place import is_placed
 from flexgen.errors import CapacityError, OptionError
 from flexgen.options import EngineOptions
 from flexgen.plan.formats import FormatChoice, Formats
@@ -103,7 +103,7 @@ class EngineSession:
         self.engine: PlannedEngine | StagedEngine | None = None
         self._formats: FormatChoice | None = None
         self._group: StageGroup | None = None  # the other stages, once they were needed
-        if has_stages(self.options) and is_rank(os.environ):
+        if has_stages(self.options) and is_placed(os.environ):
             self._join()  # the other ranks of torchrun wait
         self._planned = Workload(prompt_lens=(), output_lens=())  # the work that the engine was opened for
         self._hopeless = math.inf  # requests of so many tokens or more fit no plan

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import logging
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ from flexgen.base.steps import step
 from flexgen.distributed.agreement import check_agreement
 from flexgen.distributed.channel import Receiver, Sender
 from flexgen.distributed.launch import start_followers
-from flexgen.distributed.ranks import Ranks, is_rank
+from flexgen.distributed.place import is_placed
+from flexgen.distributed.ranks import Ranks
 from flexgen.errors import OptionError, StageError
 from flexgen.session.model import ResolvedModel
 from flexgen.session.stage_facts import stage_facts
@@ -30,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 JOB = "job"  # the key under which the leader tells followers that it started what to do
 PROBE_FRAMES, PROBE_BYTES = 8, MIB  # what measures the rate of a link
+LOOPBACK = "lo"
 FOLLOWER = "flexgen.session.follower"  # the module that they run
 
 
@@ -42,17 +45,18 @@ def join_stages(found: ResolvedModel, num_stages: int) -> StageGroup:
     """
     options = found.options
     with contextlib.ExitStack() as opened:
-        if is_rank(os.environ):
-            ranks = Ranks.join(os.environ, interface=options.interface)
-            opened.callback(ranks.close)
+        if is_placed(os.environ):
+            ranks = Ranks.join(os.environ, options.interface)
+            opened.push(ranks)
             if ranks.size != num_stages:
                 raise OptionError(f"stages={num_stages}, and torchrun has started {ranks.size} processes: both must be the same")
         else:
             step(f"starting {num_stages - 1} more stages on this machine")
-            followers = start_followers(num_stages, FOLLOWER, interface=options.interface)
-            opened.callback(followers.stop)
-            ranks = Ranks.join(followers.environment, interface=options.interface, listener=followers.listener)
-            opened.callback(ranks.close)
+            interface = options.interface or LOOPBACK
+            followers = start_followers(num_stages, interface, program=(sys.executable, "-m", FOLLOWER))
+            opened.callback(followers.close)
+            ranks = Ranks.join(followers.environment, interface, while_waiting=followers.check)
+            opened.push(ranks)
             ranks.publish(JOB, {"model": str(found.files.name), "options": dataclasses.asdict(options)})
         check_agreement(ranks, stage_facts(found, num_stages))
         return StageGroup(found, ranks, opened.pop_all())

@@ -20,8 +20,9 @@ from flexgen.options import EngineOptions
 from flexgen.plan.machine import Limits, machine_of
 from flexgen.plan.price.pass_time import Expectation
 from flexgen.plan.search.ideal import budgets_of
-from flexgen.plan.stages.divide import LinkRate, StagePlan, StagesPlan, divide
-from flexgen.plan.tell.forecast import Plan, forecast_again
+from flexgen.plan.stages.divide import StagePlan, StagesPlan, again, divide
+from flexgen.plan.stages.pipeline import LinkRate
+from flexgen.plan.tell.forecast import Plan
 from flexgen.plan.tell.remaining import RemainingTime
 from flexgen.plan.workload import Workload
 from flexgen.report.progress import Progress, RunReport, StageReport
@@ -63,9 +64,10 @@ class StagedEngine:
         self, found: ResolvedModel, options: EngineOptions, workload: Workload, group: StageGroup, recorder: Recorder | None = None
     ) -> None:
         self._group, self._workload = group, workload
-        self._number, group.num_opened = group.num_opened, group.num_opened + 1
+        self._num_reports = 0
         with contextlib.ExitStack() as resources:
             here, self.stages = plan_stages(found, options, workload, group)
+            self._number, group.num_opened = group.num_opened, group.num_opened + 1
             resources.callback(here.discard)
             first = self.stages.stages[0]
             self.plan = dataclasses.replace(first.plan, forecast=self.stages.forecast)
@@ -88,7 +90,7 @@ class StagedEngine:
             ])  # fmt: skip
             self._pipeline = StagePipeline(runner, lanes, len(self.stages.stages), group.to_next, group.from_last)
             group.from_last.on_arrival = runner.wake
-            self._engine = PipelineEngine(runner, lanes, self._pipeline, first.plan.policy, first.plan.spec)
+            self._engine = PipelineEngine(runner, lanes, self._pipeline)
             self._context = RunContext(
                 load_seconds=self.load_seconds,
                 budgets=budgets_of(here.limits, first.plan.spec, here.process_bytes),
@@ -100,8 +102,8 @@ class StagedEngine:
     def expect(self, workload: Workload) -> None:
         """Set the work that comes next, and forecast it if it differs from the work expected so far."""
         if workload != self._workload:
-            forecast = forecast_again(self.plan.forecast, self.plan.policy, self._expectation(), workload)
-            self.plan, self._workload = dataclasses.replace(self.plan, forecast=forecast), workload
+            self.stages, self._workload = again(self.stages, workload), workload
+            self.plan = dataclasses.replace(self.plan, forecast=self.stages.forecast)
 
     def generate(
         self,
@@ -120,9 +122,11 @@ class StagedEngine:
     def report(self) -> RunReport:
         """Return the report on the last run."""
         runner = self._engine.runner
-        self._group.tell("figures", {"number": self._number})
-        figures = [self._pipeline.figures.message(runner), *self._group.gather(f"figures/{self._number}")]
-        report = make_report(self._engine.log, self.plan, runner.placement(), runner.device_bytes(), self._context)
+        self._num_reports += 1
+        asked = f"{self._number}/{self._num_reports}"
+        self._group.tell("figures", {"asked": asked})
+        figures = [self._pipeline.figures.message(runner), *self._group.gather(f"figures/{asked}")]
+        report = make_report(self._engine.log, self.plan, self._engine.placement(), runner.device_bytes(), self._context)
         stages = stage_reports(self.stages, figures, self._group.ranks.hosts, report.elapsed_seconds)
         return dataclasses.replace(report, stages=stages)
 
