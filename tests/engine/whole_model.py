@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from transformers import AutoConfig
 
@@ -19,7 +21,26 @@ from flexgen.kv.lanes import Lanes, StageKV, lanes_of
 from flexgen.kv.pages import PagePool
 from flexgen.models.assemble import assemble_model
 from flexgen.passes.plan import PassPlan
-from flexgen.plan.policy import Policy
+from flexgen.plan.policy import Fractions, Policy
+from flexgen.request import TokenRequest, TokenResult
+
+POLICY = Policy(
+    device="cpu", dtype="float32", weights=Fractions(host=1.0), kv=Fractions(host=1.0), kv_host_bytes=4 << 20, host_ring_bytes=0,
+    embedding_resident=False, schedule="diagonal", max_num_seqs=3, prefill_tokens=40, micro_batch_tokens=24, page_tokens=16,
+    compute_threads=1, io_threads=1, longest_sequence=128,
+)  # fmt: skip
+
+
+def tokens(length: int, seed: int) -> tuple[int, ...]:
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(torch.randint(5, 120, (length,), generator=generator).tolist())
+
+
+def requests(**how: Any) -> list[TokenRequest]:
+    return [
+        TokenRequest(index=index, prompt_token_ids=tokens(3 + 7 * index % 31, index), max_tokens=2 + 5 * index % 9, **how)
+        for index in range(14)
+    ]
 
 
 class WholeModel(Pipeline):
@@ -92,3 +113,32 @@ def pipeline_engine(
         lanes = lanes_of([StageKV(groups=runner.cache.groups, policy=policy)])
         stages = WholeModel(runner, lanes)
         yield PipelineEngine(runner, lanes, stages), stages
+
+
+def by_index(results: Sequence[TokenResult]) -> dict[int, TokenResult]:
+    assert len({each.index for each in results}) == len(results)
+    return {each.index: each for each in results}
+
+
+def assert_alike(found: Sequence[TokenResult], wanted: Sequence[TokenResult]) -> None:
+    """The same answers; log probabilities are rounded differently in other micro-batches."""
+    mine, others = by_index(found), by_index(wanted)
+    assert mine.keys() == others.keys()
+    for index, one in mine.items():
+        other = others[index]
+        assert (one.token_ids, one.finish_reason, one.stop_string) == (other.token_ids, other.finish_reason, other.stop_string)
+        assert (one.error is None) == (other.error is None)
+        assert one.error is None or other.error is None or one.error.code == other.error.code
+        for mine_scored, others_scored in ((one.logprobs, other.logprobs), (one.prompt_logprobs, other.prompt_logprobs)):
+            assert (mine_scored is None) == (others_scored is None)
+            for each, its in zip(mine_scored or (), others_scored or (), strict=True):
+                assert each.token_ids == its.token_ids
+                assert each.logprobs == pytest.approx(its.logprobs, abs=1e-3)
+
+
+def assert_all_free(engine: PipelineEngine, stages: WholeModel) -> None:
+    for block in engine.blocks:
+        assert all(used == 0 for used in block.cache.used_bytes.values())
+        assert block.work == 0
+    assert not stages.known, "nobody remembers a request that has ended"
+    assert not engine.has_work

@@ -91,8 +91,9 @@ class KVCache:
                 return False
             taken.append((index, pages))
         for index, pages in taken:
-            kv.tables[index] += pages
-            self._count(kv.home, index, len(pages))
+            if pages:
+                kv.tables[index] += pages
+                self._count(kv.home, index, len(pages))
         return True
 
     def trim(self, kv: SequenceKV, length: int) -> None:
