@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import pytest
 import torch
 from hypothesis import example, given
@@ -34,6 +36,12 @@ def waiting(index: int, prompt: int, answer: int) -> LiveSequence:
     return LiveSequence(TokenRequest(index=index, prompt_token_ids=(0,) * prompt, max_tokens=answer), answer)
 
 
+def pools(groups: list[KVGroup], num_pages: int, tiers: Iterable[str]) -> dict[str, Pool]:
+    """As many pages of each group on each tier."""
+    sizes = [num_pages] * len(groups)
+    return {tier: Pool(groups, sizes, reserves_ahead=[tier == "disk"] * len(groups)) for tier in tiers}
+
+
 @given(
     st.lists(lengths, min_size=1, max_size=15),
     st.lists(st.sampled_from(GROUPS), min_size=1, max_size=2),
@@ -44,7 +52,7 @@ def test_right_forecasts_never_run_a_pool_dry(
     requests: list[tuple[int, int]], groups: list[KVGroup], shares: dict[str, float], num_pages: int
 ) -> None:
     """The engine's passes without computing: live sequences take their pages first, then others are admitted."""
-    cache = KVCache(groups, {tier: Pool(groups, [num_pages] * len(groups)) for tier in shares})
+    cache = KVCache(groups, pools(groups, num_pages, shares))
     admission = Admission(cache, Homes(shares), PrefixStore(cache))
     queue = [waiting(index, *each) for index, each in enumerate(requests)]
     queue = [each for each in queue if admission.can_ever_fit(each)]
@@ -85,7 +93,7 @@ def test_prefixes_never_run_a_pool_dry(
     census = PrefixCensus(4)
     for prompt in prompts:
         census.add(prompt)
-    cache = KVCache(groups, {tier: Pool(groups, [num_pages] * len(groups)) for tier in shares})
+    cache = KVCache(groups, pools(groups, num_pages, shares))
     prefixes = PrefixStore(cache)
     prefixes.begin(census.common())
     admission = Admission(cache, Homes(shares), prefixes)

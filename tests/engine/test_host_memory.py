@@ -102,8 +102,8 @@ def no_folder(monkeypatch: pytest.MonkeyPatch, runtime: FakeRuntime) -> tuple[Po
     return replace(POLICY, kv=Fractions(disk=1.0), kv_host_bytes=0, kv_disk_bytes=1 << 20), PinningDevice(runtime)
 
 
-def no_scheduler(monkeypatch: pytest.MonkeyPatch, runtime: FakeRuntime) -> tuple[Policy, SimulatedDevice]:
-    monkeypatch.setattr(module, "Scheduler", None)
+def no_block(monkeypatch: pytest.MonkeyPatch, runtime: FakeRuntime) -> tuple[Policy, SimulatedDevice]:
+    monkeypatch.setattr(module, "Block", None)
     return POLICY, PinningDevice(runtime)
 
 
@@ -131,7 +131,7 @@ def no_end(monkeypatch: pytest.MonkeyPatch, runtime: FakeRuntime) -> tuple[Polic
     [
         (no_room, "device_mem"),
         (no_folder, "offload folder"),
-        (no_scheduler, "not callable"),
+        (no_block, "not callable"),
         (no_reads, "Input/output error"),
         (no_end, "cannot end"),
     ],

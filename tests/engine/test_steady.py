@@ -70,7 +70,7 @@ def composition(work: PassWork) -> tuple[int, int, int]:
 
 
 def tokens(engine: SteadyEngine) -> list[list[int]]:
-    return [list(each.tokens) for each in engine._scheduler.live]
+    return [list(each.tokens) for each in engine._block.scheduler.live]
 
 
 @pytest.mark.parametrize("name", POLICIES)

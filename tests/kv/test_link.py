@@ -22,10 +22,12 @@ from flexgen.kv.low_bit import kv_format
 from flexgen.kv.pages import group_layers, of_positions
 from flexgen.kv.place import Answer, DeferredAttention, PendingAttention, View
 from flexgen.kv.sealed_views import SealedGroupPlan
+from flexgen.kv.tiers import traits_of
 from flexgen.passes.calls import AttentionCall
 from flexgen.passes.plan import Slice
-from flexgen.plan.policy import KV_RING_BATCHES, STEPS_ON_THE_WAY
+from flexgen.plan.policy import KV_RING_BATCHES, STEPS_ON_THE_WAY, Fractions
 from tests.kv.test_places import GROUPS, KV, LAYERS, PAGE_TOKENS, Bench, Conversation, Piece, as_slice, attend, finished, open_linked
+from tests.models.parity import policy
 
 
 @pytest.fixture
@@ -241,10 +243,12 @@ def test_a_link_that_waits_for_room_can_be_closed(tmp_path: Path) -> None:
 
 def test_a_micro_batch_has_room_for_several_next_tokens_or_for_one(linked: Bench) -> None:
     """By the pages that they see in the layer where these take most; the tail of a sequence counts."""
-    place, page = place_of(linked), max(group.layer_page_bytes for group in GROUPS)
-    batch_bytes = (1 << 16) // KV_RING_BATCHES
-    assert place.share_of_batch(3) == pytest.approx(page / batch_bytes)
-    assert place.share_of_batch(4) == pytest.approx(2 * page / batch_bytes)
+    page = max(group.layer_page_bytes for group in GROUPS)
+    chosen = policy("sim", weights=Fractions(host=1.0), kv=Fractions(host=1.0), ring_bytes=1 << 16)
+    chosen = replace(chosen, host_attention=False, kv_ring_bytes=1 << 16)
+    traits, batch_bytes = traits_of("host", GROUPS, chosen), (1 << 16) // KV_RING_BATCHES
+    assert traits.share_of_batch(3) == pytest.approx(page / batch_bytes)
+    assert traits.share_of_batch(4) == pytest.approx(2 * page / batch_bytes)
     slices = [replace(NEXT, start=start) for start in (9, 21)]
     bytes_of = CompactPages(GROUPS, slices).largest_layer_bytes
-    assert bytes_of <= sum(place.share_of_batch(each.start) for each in slices) * batch_bytes
+    assert bytes_of <= sum(traits.share_of_batch(each.start) for each in slices) * batch_bytes

@@ -22,6 +22,7 @@ from flexgen.kv.linked import LinkedPlace
 from flexgen.kv.local import LocalPlace
 from flexgen.kv.open import KVSetup, open_places
 from flexgen.kv.pages import group_layers
+from flexgen.kv.tiers import block_pages
 from flexgen.passes.geometry import KVGeometry, LayerKV
 from flexgen.plan.policy import Fractions
 from tests.models.parity import policy
@@ -82,6 +83,24 @@ def test_places_where_the_host_computes(io: IOPool) -> None:
     assert {tier: type(place) for tier, place in places.items()} == {"host": LocalPlace}
     assert cache.pools["host"].num_pages[0] > 0
     places["host"].close()
+
+
+def test_every_block_has_pages_of_its_own(io: IOPool, tmp_path: Path) -> None:
+    """And tails on their way to disk; what is read ahead is shared, because one pass runs at a time."""
+    opened = setup(io, Fractions(host=0.5, disk=0.5), tmp_path, None)
+    pages: dict[int, dict[str, list[int]]] = {}
+    for num_blocks in (1, 3):
+        places, cache = open_places(replace(opened, policy=replace(opened.policy, num_blocks=num_blocks)))
+        pages[num_blocks] = {tier: pool.num_pages for tier, pool in cache.pools.items()}
+        disk = places["disk"]
+        assert isinstance(disk, DiskPlace)
+        tail_bytes = sum(memory.keys.nbytes + memory.values.nbytes for memory in disk.pool.tails._memory)
+        page_bytes = sum(group.page_bytes for group in disk.pool.groups)
+        assert tail_bytes == num_blocks * opened.policy.kv_tail_bytes // page_bytes * page_bytes
+        for place in places.values():
+            place.close()
+    assert pages[3] == {tier: [3 * count for count in counts] for tier, counts in pages[1].items()}
+    assert pages[1] == {tier: block_pages(tier, opened.groups, opened.policy) for tier in ("host", "disk")}
 
 
 def test_no_place_stays_open_when_one_fails(io: IOPool, tmp_path: Path) -> None:

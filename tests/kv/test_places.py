@@ -38,9 +38,12 @@ from flexgen.kv.pages import KVGroup, PagePool, group_layers, layer_index
 from flexgen.kv.place import Answer, DeferredAttention, Pending, View
 from flexgen.kv.plan import KVPlan
 from flexgen.kv.spill import DiskPool
+from flexgen.kv.tiers import Traits, traits_of
 from flexgen.passes.calls import AttentionCall, LatentProjection
 from flexgen.passes.geometry import KVGeometry, LayerKV
 from flexgen.passes.plan import Slice
+from flexgen.plan.policy import Fractions
+from tests.models.parity import policy
 
 HEADS, DIM, RANK, NOPE, ROPE = 4, 8, 6, 5, 3
 PAGE_TOKENS, NUM_PAGES = 4, 40
@@ -151,12 +154,17 @@ class Bench:
     def device(self) -> torch.device:
         return self.copies.device
 
+    @property
+    def traits(self) -> Traits:
+        chosen = policy("cpu" if self.device == CPU else "sim", weights=Fractions(host=1), kv=Fractions(host=1), ring_bytes=0)
+        return traits_of(self.tier, self.cache.groups, chosen)
+
     def batches(self, pieces: list[Piece], choose: random.Random) -> list[list[Piece]]:
         """Micro-batches as the place allows them: chunks one after the other, kinds apart where they must be."""
         steps = [piece for piece in pieces if as_slice(piece).is_decode]
         prompts = [piece for piece in pieces if not as_slice(piece).is_decode]
-        batches: list[list[Piece]] = [[*steps, *prompts]] if self.place.mixes else [steps, prompts]
-        if self.place.chunks and prompts and prompts[0][2] > 3:
+        batches: list[list[Piece]] = [[*steps, *prompts]] if self.traits.mixes else [steps, prompts]
+        if self.traits.chunks and prompts and prompts[0][2] > 3:
             conversation, start, length = prompts[0]
             cut = choose.randint(1, length - 2)
             batches = [[piece for piece in batch if piece is not prompts[0]] for batch in batches]
@@ -308,7 +316,7 @@ def open_linked(folder: Path, groups: Groups = GROUPS, *, ring_bytes: int = 1 <<
     attention = HostAttention(
         groups, AttentionKernels(), GatheredKernels(), Staging(device), flow, nothing, "flexgen-test-attention", apart=AttentionKernels()
     )
-    place = LinkedPlace(pool, attention, link, ring_bytes)
+    place = LinkedPlace(pool, attention, link)
     return Bench(place, KVCache(groups, {"host": pool}), "host", [device.close], copies=PackedCopies(Staging(device)))
 
 

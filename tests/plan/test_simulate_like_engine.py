@@ -30,7 +30,8 @@ def engine_passes(policy, workload):
         page_tokens=policy.page_tokens, format=PlainKV(torch.bfloat16),
     )  # fmt: skip
     sizes = {tier: getattr(policy, f"kv_{tier}_bytes") for tier in ("device", "host", "disk")}
-    cache = KVCache((group,), {tier: Pool((group,), [size // group.page_bytes]) for tier, size in sizes.items() if size})
+    pools = {tier: Pool((group,), [size // group.page_bytes], reserves_ahead=[tier == "disk"]) for tier, size in sizes.items() if size}
+    cache = KVCache((group,), pools)
     admission = Admission(cache, Homes({tier: getattr(policy.kv, tier) for tier in cache.pools}), PrefixStore(cache))
     quota = Quota(policy.prefill_tokens)
     waiting, live, passes = [], [], []

@@ -134,8 +134,8 @@ def test_a_pass_counts_as_progress(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Passes, "work_of", lambda *_: PassWork(num_prompt_tokens=6, num_sampled=2, num_scored=4))
     told: list[Progress] = []
     log = new_log(on_progress=told.append, num_requests=3, now=now)
-    log.begins(None)  # type: ignore[arg-type]
-    log.passed(1.0, {})
+    work = log.begins(None)  # type: ignore[arg-type]
+    log.passed(1.0, work, {})
     log.tell(1, 0, 10)
     assert told == []
     now.seconds += 10

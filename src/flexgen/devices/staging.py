@@ -35,6 +35,10 @@ class HostCopies:
     source: torch.Tensor | None = None
     release: Callable[[], None] = lambda: None
 
+    def done(self) -> bool:
+        """Return whether `arrived` need not wait."""
+        return self.event is None or self.event.done()
+
     @contextlib.contextmanager
     def arrived(self) -> Iterator[Sequence[torch.Tensor]]:
         """Wait for the copies and lend them; their memory is used again when the block ends."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -53,10 +53,10 @@ class Homes:
     """A chooser of each sequence's home that keeps the plan's shares of KV bytes.
 
     Args:
-        shares: The fraction of each tier; only tiers with pages are included.
+        shares: The fraction of each tier, or of each lane of a pipeline; only those with pages are included.
     """
 
-    def __init__(self, shares: dict[str, float]) -> None:
+    def __init__(self, shares: Mapping[str, float]) -> None:
         self._shares = {tier: share for tier, share in shares.items() if share > 0}
         self._given = dict.fromkeys(self._shares, 0)
 
@@ -220,9 +220,8 @@ class Admission:
         found = self._prefixes.hold(sequence, tier)
         if self._clear_for(sequence, neighbours, tier):
             kv = self._cache.admit(tier) if found is None else self._cache.fork(found.kv, found.length)
-            # On disk a sequence's pages should be contiguous, so it takes all that it expects to need at once, if possible.
-            ahead = sequence.final_len if tier == "disk" else 0
-            if self._cache.reserve(kv, len(sequence.tokens), ahead) or (not neighbours and self._cache.reserve(kv, len(sequence.tokens))):
+            length = len(sequence.tokens)
+            if self._cache.reserve(kv, length, sequence.final_len) or (not neighbours and self._cache.reserve(kv, length)):
                 sequence.kv, sequence.source = kv, found
                 sequence.num_stored = 0 if found is None else found.length
                 return True

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
 from flexgen.engine.sequence import LiveSequence
-from flexgen.kv.place import Place
+from flexgen.kv.tiers import Traits
 from flexgen.passes.plan import MicroBatch, PassPlan, Slice
 from flexgen.plan.policy import Policy
 
@@ -13,19 +13,25 @@ SMALL_REMAINDER = 0.375  # as a fraction of a micro-batch
 FEW_ROWS = 256  # up to this many rows, odd row counts cost nothing
 
 
-def plan_pass(live: Collection[LiveSequence], places: Mapping[str, Place], policy: Policy) -> PassPlan:
-    """Return the plan of the next pass for the live sequences, which are given oldest first."""
+def plan_pass(live: Collection[LiveSequence], traits: Mapping[str, Traits], policy: Policy) -> PassPlan:
+    """Return the plan of the next pass.
+
+    Args:
+        live: The live sequences, oldest first.
+        traits: For each home, what may be computed together of its sequences.
+        policy: The policy.
+    """
     batches: list[MicroBatch] = []
-    for home, place in places.items():
+    for home, of_home in traits.items():
         members = [each for each in live if each.kv is not None and each.kv.home == home]
         for each in members:
             each.deferred = 0
-        if place.mixes and policy.schedule == "diagonal":
+        if of_home.mixes and policy.schedule == "diagonal":
             defer_remainder(members, policy.micro_batch_tokens)
-        defer_behind(members, within_pass=place.chunks)
+        defer_behind(members, within_pass=of_home.chunks)
         by_id = {each.id: each for each in members}
         latest: dict[int, int] = {}  # sequence -> the last micro-batch so far that computes its tokens
-        for slices in pack(members, policy.micro_batch_tokens, mix=place.mixes, chunk=place.chunks, share=place.share_of_batch):
+        for slices in pack(members, policy.micro_batch_tokens, mix=of_home.mixes, chunk=of_home.chunks, share=of_home.share_of_batch):
             slices.sort(key=lambda each: not each.is_decode)
             after = {latest[each] for each in _stored_by(slices, by_id) if each in latest}
             latest.update((each.sequence, len(batches)) for each in slices)

@@ -10,7 +10,7 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from flexgen.devices.packed import PackedCopies
 from flexgen.devices.recorded import RecordedDevice
 from flexgen.devices.serial import SerialDevice
 from flexgen.devices.staging import Staging
+from flexgen.engine.boundary import Boundary, CheckedBoundary
 from flexgen.engine.sweep import MicroBatchForward, SweepRecorder, run_pass
 from flexgen.io.direct_io import FileSet
 from flexgen.io.pool import IOPool
@@ -82,6 +83,7 @@ class ModelRunner:
         copies: The copies of small tensors to and from the computing device.
         values: The bytes of values that sparse attention saw and did not read since the runner was made.
         now: Returns the time in seconds by which passes are measured.
+        recorder: The recorder of the trace; None without one.
     """
 
     def __init__(
@@ -100,7 +102,7 @@ class ModelRunner:
             backend = RecordedDevice(backend, recorder)
         if backend is not None and not overlap:
             backend = SerialDevice(backend, recorder)
-        self.model, self.policy, self._recorder = model, policy, recorder
+        self.model, self.policy, self.recorder = model, policy, recorder
         self._previous_threads, self._previous_interval = torch.get_num_threads(), sys.getswitchinterval()
         self._backend, self.now = backend, time.perf_counter if backend is None else backend.now
         with contextlib.ExitStack() as opened:  # what outlives a failed construction is closed by it, too
@@ -184,37 +186,56 @@ class ModelRunner:
         """The number of units of a pass, which are the steps of its progress."""
         return len(self.model.layouts)
 
-    def run(self, plan: PassPlan, on_unit: Callable[[int], None] = lambda unit: None) -> tuple[list[BatchOutput], dict[str, float]]:
+    def wake(self) -> None:
+        """Have the pass that is running, if there is one, look again at what it waits for; to be called from any thread."""
+        self._arrived.set()
+
+    def forget(self, sequences: Collection[int]) -> None:
+        """Free what is kept for sequences, given by their ids, whose pages are free; no pass may be running.
+
+        Only a stage that does not plan its passes itself has to be told.
+        """
+        for place in self.places.values():
+            place.forget(sequences)
+
+    def run(
+        self, plan: PassPlan, on_unit: Callable[[int], None] = lambda unit: None, boundary: Boundary | None = None
+    ) -> tuple[list[BatchOutput], dict[str, float]]:
         """Execute a pass.
 
         Args:
             plan: The plan of the pass.
             on_unit: A function that is called whenever the frontmost micro-batch enters a unit.
+            boundary: Where hidden states enter and leave a stage; None if this is the whole model.
 
         Returns:
-            The output of each micro-batch; and for each cause the seconds in which there was nothing to run.
+            The output of each micro-batch, none of a stage that hands its hidden states over; and for each cause the seconds in which
+            there was nothing to run.
 
         Raises:
             StorageError: Something could not be read or written, or has changed on disk.
         """
-        recorder, record = self._recorder, None
+        recorder, record = self.recorder, None
+        checked = None if boundary is None else CheckedBoundary(boundary, len(plan.micro_batches))
         forwards: list[MicroBatchForward] = []
         with recorded(recorder, COMPUTE, "prepare"):
             for batch in plan.micro_batches:
                 view, after = self.places[batch.home].view(batch.slices), [forwards[index] for index in batch.after]
                 forwards.append(MicroBatchForward(
-                    batch, self.model.bound, self._pass_cache, view, self._rows, self.copies, after, recorder
+                    batch, self.model.bound, self._pass_cache, view, self._rows, self.copies, after, recorder, checked, len(forwards)
                 ))  # fmt: skip
             for home, place in self.places.items():
                 place.begin_pass([forward.view for forward in forwards if forward.batch.home == home])
         if recorder is not None:
             record = SweepRecorder(recorder, forwards, [layout.name for layout in self.model.layouts])
         waits = run_pass(forwards, self._weights, self.num_units, self._arrived, on_unit, record, self.now)
+        self._files.check_unchanged()  # before any token results from what was read
+        self._rows.check_unchanged()
+        if checked is not None:
+            checked.release()
         with recorded(recorder, COMPUTE, "wait for KV", WAITING):
             for place in self.places.values():
                 place.finish_pass()
-        self._files.check_unchanged()  # before any token results from what was read
-        self._rows.check_unchanged()
         return [BatchOutput(logits=each.logits, scores=each.scores) for each in forwards if each.logits is not None], waits
 
     # -- figures --------------------------------------------------------------------------------------------------------------------

@@ -14,8 +14,7 @@ from flexgen.engine.schedule import SCHEDULES, Quota, Waiting
 from flexgen.engine.sequence import Finish, LiveSequence
 from flexgen.errors import EngineError, RequestError
 from flexgen.kv.cache import KVCache
-from flexgen.kv.place import Place
-from flexgen.options import TIERS
+from flexgen.kv.tiers import Traits
 from flexgen.passes.plan import PassPlan
 from flexgen.plan.policy import Policy
 from flexgen.request import PartialAnswer
@@ -33,12 +32,14 @@ class Scheduled:
         entered: The sequences that the pass admits.
         refused: The sequences that can never fit, each with its error; they have left the scheduler.
         num_preempted: The number of sequences that were preempted; they wait again.
+        freed: The ids of the sequences whose pages were freed since the last pass was scheduled.
     """
 
     plan: PassPlan
     entered: list[LiveSequence]
     refused: list[tuple[LiveSequence, Finish]]
     num_preempted: int
+    freed: list[int]
 
 
 class Scheduler:
@@ -47,18 +48,23 @@ class Scheduler:
     Args:
         policy: The policy, which says how many sequences may be live and when they join.
         cache: The cache that holds their KV.
-        places: For each tier, the place that attends to its KV, and says what may be packed together.
+        traits: For each home, what a pass may compute together of its sequences.
+        shares: For each home, its share of the sequences.
         regime: A function that returns what the keys of a sequence's prompt depend on besides its tokens (models/rope.py).
     """
 
-    def __init__(self, policy: Policy, cache: KVCache, places: Mapping[str, Place], regime: Callable[[LiveSequence], Hashable]) -> None:
-        self._policy, self._cache, self._places = policy, cache, places
+    def __init__(
+        self, policy: Policy, cache: KVCache, traits: Mapping[str, Traits], shares: Mapping[str, float],
+        regime: Callable[[LiveSequence], Hashable],
+    ) -> None:  # fmt: skip
+        self._policy, self._cache, self._traits = policy, cache, traits
         self._prefixes = PrefixStore(cache, regime)
-        self._admission = Admission(cache, Homes({tier: getattr(policy.kv, tier) for tier in TIERS if tier in cache.pools}), self._prefixes)
+        self._admission = Admission(cache, Homes(shares), self._prefixes)
         self._join = SCHEDULES[policy.schedule]
         self._quota = Quota(policy.prefill_tokens, policy.prefill_tokens)
         self._live: dict[int, LiveSequence] = {}  # by id, oldest first
         self._waiting = Waiting()  # among equally long answers, in input order with requests of a common prefix together
+        self._freed: list[int] = []
 
     # -- the sequences --------------------------------------------------------------------------------------------------------------
 
@@ -78,6 +84,11 @@ class Scheduler:
     def unfinished(self) -> Iterator[PartialAnswer]:
         """Yield the unfinished answers as far as they have come, those of preempted sequences included."""
         return (each.so_far() for each in itertools.chain(self._live.values(), self._waiting) if each.generated)
+
+    @property
+    def by_id(self) -> Mapping[int, LiveSequence]:
+        """The live sequences by their ids."""
+        return self._live
 
     def __getitem__(self, sequence_id: int) -> LiveSequence:
         """Return a live sequence by its id."""
@@ -122,16 +133,22 @@ class Scheduler:
         assert sequence.kv is not None
         self._cache.trim(sequence.kv, sequence.num_stored)
 
-    def clear(self) -> None:
-        """Forget all sequences and prefixes."""
+    def clear(self) -> list[int]:
+        """Forget all sequences and prefixes; return the ids of the sequences whose pages were freed since the last pass was scheduled."""
         for sequence in reversed(self._live.values()):  # the writer of a prefix after the sequences that use it
             self._free(sequence)
         self._prefixes.clear()
         self._live.clear()
         self._waiting.clear()
+        return self._take_freed()
+
+    def _take_freed(self) -> list[int]:
+        freed, self._freed = self._freed, []
+        return freed
 
     def _free(self, sequence: LiveSequence) -> None:
         assert sequence.kv is not None
+        self._freed.append(sequence.id)
         self._cache.release(sequence.kv)
         sequence.kv = None
         self._prefixes.let_go(sequence)
@@ -143,8 +160,8 @@ class Scheduler:
         num_preempted = self._make_room()
         refused = self._refuse()
         entered = self._admit()
-        plan = plan_pass(self._live.values(), self._places, self._policy)
-        return Scheduled(plan=plan, entered=entered, refused=refused, num_preempted=num_preempted)
+        plan = plan_pass(self._live.values(), self._traits, self._policy)
+        return Scheduled(plan=plan, entered=entered, refused=refused, num_preempted=num_preempted, freed=self._take_freed())
 
     def _make_room(self) -> int:
         """Reserve pages for the new token of every live sequence before others are admitted; return the number of preempted sequences.

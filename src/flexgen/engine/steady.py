@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 import numpy as np
 
 from flexgen.engine.engine import Engine
-from flexgen.errors import EngineError
+from flexgen.engine.sampler import Sampled
 from flexgen.request import TokenRequest
 from flexgen.text.common_prefixes import NO_PREFIXES
 
@@ -36,11 +36,7 @@ class SteadyEngine(Engine):
             StorageError: Something could not be read or written, so that the engine cannot continue.
             EngineError: Another run has not ended.
         """
-        self.load()
-        if self.has_work:
-            raise EngineError("a run began before the last one was over")
-        self._scheduler.begin(NO_PREFIXES)
-        self.log = self.new_log()
+        self._begin(NO_PREFIXES)
         source, tokens = iter(requests), np.random.default_rng(seed)
 
         def run_pass() -> bool:
@@ -66,25 +62,19 @@ class SteadyEngine(Engine):
 
     def _skip(self, tokens: np.random.Generator) -> None:
         """Go through one pass without computing."""
-        for batch in self._scheduler.schedule().plan.micro_batches:
-            for each in batch.slices:
-                sequence = self._scheduler[each.sequence]
-                sequence.num_stored = max(sequence.num_stored, each.stop)
-            for number, _ in batch.wanted:
-                sequence = self._scheduler[number]
-                sequence.append(int(tokens.integers(self._model.spec.vocab_size)))
-                if (finish := sequence.finish()) is not None:
-                    self._finish(sequence, finish)
-                elif self._outgrew(sequence):
-                    self._scheduler.preempt(sequence)
-                else:
-                    self._scheduler.trim(sequence)
+        vocab_size = self.runner.model.spec.vocab_size
+        scheduled, _ = self._block.schedule(self.log)
+        for batch in scheduled.plan.micro_batches:
+            self._block.stored(batch)
+            drawn = [Sampled(int(tokens.integers(vocab_size))) for _ in batch.wanted]
+            for _ in self._block.append(batch, drawn, self.log):
+                pass
 
     def _stored_pages(self) -> dict[str, list[list[int]]]:
         """Return, for each tier and layer group, the page ids that hold tokens."""
         groups = self.cache.groups
         stored: dict[str, list[list[int]]] = {tier: [[] for _ in groups] for tier in self.cache.pools}
-        for sequence in self._scheduler.live:
+        for sequence in self._block.scheduler.live:
             if (kv := sequence.kv) is not None:
                 for pages, group, table, freed in zip(stored[kv.home], groups, kv.tables, kv.freed, strict=True):
                     pages += table[freed : group.num_pages(sequence.num_stored)]

@@ -17,6 +17,8 @@ import torch
 
 from flexgen.base.recorder import COMPUTE, WAITING, Recorder
 from flexgen.devices.packed import PackedCopies
+from flexgen.devices.staging import HostCopies
+from flexgen.engine.boundary import Boundary
 from flexgen.engine.inputs import BatchInputs, batch_inputs
 from flexgen.errors import EngineError
 from flexgen.kv.place import Pending, View
@@ -40,12 +42,12 @@ class RowSource(Protocol):
 
 
 class MicroBatchForward(ForwardCoroutine):
-    """The coroutine that takes one micro-batch through the model.
+    """The coroutine that takes one micro-batch through the model, or through a stage of it.
 
     Attributes:
         batch: The micro-batch.
         unit: The unit of weights that it has reached, and runs once that is ready; -1 before it starts.
-        pending: The attention that it waits for, or None.
+        pending: The attention that it waits for, or its hidden states on their way to the host; None if it waits for neither.
         after: The coroutines whose attention must come first in every layer.
         view: The KV that it reads and writes.
         logits: The logits, (wanted positions, vocab), once it has finished.
@@ -54,16 +56,17 @@ class MicroBatchForward(ForwardCoroutine):
 
     def __init__(
         self, batch: MicroBatch, model: BoundModel, cache: PassCache, view: View, rows: RowSource, copies: PackedCopies,
-        after: Sequence[MicroBatchForward], recorder: Recorder | None = None,
+        after: Sequence[MicroBatchForward], recorder: Recorder | None = None, boundary: Boundary | None = None, index: int = 0,
     ) -> None:  # fmt: skip
         super().__init__(self._forward)
         self._recorder = recorder
         self.batch, self.view, self.after = batch, view, after
         self.unit = -1
-        self.pending: Pending | None = None
+        self.pending: Pending | HostCopies | None = None
         self.logits: torch.Tensor | None = None
         self.scores: Scores | None = None
         self._model, self._cache, self._rows, self._copies = model, cache, rows, copies
+        self._boundary, self._index = boundary, index
 
     def _forward(self) -> None:
         host, places = batch_inputs(self.batch)
@@ -77,8 +80,10 @@ class MicroBatchForward(ForwardCoroutine):
         self.scores = None if scorer is None else scorer.result()
 
     def _scorer(self, inputs: BatchInputs, places: Sequence[int]) -> Scorer | None:
+        if not places or (self._boundary is not None and self._boundary.sends):
+            return None
         counts = {each.num_likeliest for each in self.batch.slices if each.scored}
-        return Scorer(inputs.targets, -1 if -1 in counts else max(counts), places, inputs.places) if places else None
+        return Scorer(inputs.targets, -1 if -1 in counts else max(counts), places, inputs.places)
 
     def _suspend(self) -> None:
         assert self.parent is not None
@@ -120,12 +125,35 @@ class MicroBatchForward(ForwardCoroutine):
         is_input = token_ids is self._input_ids or token_ids._base is self._input_ids  # models may reshape their input
         return self._rows.rows(module_name, token_ids, self._host_ids if is_input else None)
 
+    def stage_input(self) -> torch.Tensor:
+        """Return the hidden states that the stage before this one has computed, where computing happens."""
+        assert self._boundary is not None
+        return self._copies.to_device(self._boundary.take(self._index))
+
+    def stage_output(self, hidden: torch.Tensor) -> None:
+        """Hand the hidden states over to the stage after this one, once they are in host memory; others go on meanwhile."""
+        assert self._boundary is not None
+        copies = self._copies.to_host(hidden)
+        while not copies.done():
+            self.pending = copies
+            self._suspend()
+        with copies.arrived() as (here,):
+            self._boundary.put(self._index, here if copies.event is None else here.clone())  # the memory of a copy is lent
+
+    @property
+    def waits_for_input(self) -> bool:
+        """Whether it cannot begin because its hidden states have not arrived."""
+        return self.unit < 0 and self._boundary is not None and self._boundary.receives and not self._boundary.arrived(self._index)
+
+    @property
+    def waits_for_others(self) -> bool:
+        """Whether the attention of others must come first."""
+        return any(not other.dead and other.unit <= self.unit for other in self.after)
+
     def runnable(self, weights: WeightStore) -> bool:
         if self.pending is not None and not self.pending.done():
             return False
-        if any(not other.dead and other.unit <= self.unit for other in self.after):
-            return False
-        return weights.is_ready(self.unit)
+        return not self.waits_for_others and weights.is_ready(self.unit) and not self.waits_for_input
 
 
 def _without_last_row(call: AttentionCall) -> AttentionCall:
@@ -189,13 +217,13 @@ def run_pass(
         forwards: The coroutines of the micro-batches, in the order in which they should go first.
         weights: The store in which the units arrive.
         num_units: The number of units of the model.
-        arrived: An event that other threads set whenever a unit has arrived or attention is done.
+        arrived: An event that other threads set whenever a unit or hidden states have arrived, or attention is done.
         on_unit: A function that is called whenever the frontmost micro-batch enters a unit.
         record: What records the pass for the trace; None without one.
         now: Returns the time in seconds.
 
     Returns:
-        For each cause ("attention" or "weights"), the seconds in which there was nothing to run.
+        For each cause ("attention", "link" or "weights"), the seconds in which there was nothing to run.
     """
     waits: dict[str, float] = {}
     active = list(forwards)
@@ -205,7 +233,7 @@ def run_pass(
             arrived.clear()  # before checking: an arrival in the meantime sets it again
             forward = _next_runnable(active, weights)
             if forward is None:
-                _wait(active, arrived, waits, record, now)
+                _wait(active, weights, arrived, waits, record, now)
                 continue
             resumed, forward.pending = forward.pending is not None, None
             if record is not None:
@@ -246,12 +274,24 @@ def _unit_of(forward: MicroBatchForward) -> int:
 
 
 def _wait(
-    active: Sequence[MicroBatchForward], arrived: threading.Event, waits: dict[str, float], record: SweepRecorder | None,
-    now: Callable[[], float],
+    active: Sequence[MicroBatchForward], weights: WeightStore, arrived: threading.Event, waits: dict[str, float],
+    record: SweepRecorder | None, now: Callable[[], float],
 ) -> None:  # fmt: skip
-    cause = "attention" if any(each.pending is not None and not each.pending.done() for each in active) else "weights"
+    pending = [each.pending for each in active if each.pending is not None and not each.pending.done()]
+    cause = _cause_of_pending(pending) if pending else _cause_of_rest(active, weights)
     if record is not None:
         record.waits(cause, active)
     start = now()
-    arrived.wait(IDLE_SECONDS if cause == "weights" else POLL_SECONDS)
+    arrived.wait(POLL_SECONDS if pending else IDLE_SECONDS)
     waits[cause] = waits.get(cause, 0.0) + now() - start
+
+
+def _cause_of_pending(pending: Sequence[Pending | HostCopies]) -> str:
+    return "link" if all(isinstance(each, HostCopies) for each in pending) else "attention"
+
+
+def _cause_of_rest(active: Sequence[MicroBatchForward], weights: WeightStore) -> str:
+    """Return what is waited for if nothing is pending: hidden states, if every micro-batch that has its own waits for others alone."""
+    coming = [each for each in active if each.waits_for_input]
+    rest = (each for each in active if each not in coming)
+    return "link" if coming and all(each.waits_for_others or weights.is_ready(each.unit) for each in rest) else "weights"

@@ -36,7 +36,8 @@ class KVCache:
         pools: The pool of each tier.
 
     Attributes:
-        used_bytes: For each tier, the bytes of the pages that sequences hold now.
+        used_pages: For each tier and group, the number of pages that sequences hold now.
+        used_bytes: For each tier, the bytes of these pages.
         peak_bytes: For each tier, the most bytes that they have held.
     """
 
@@ -44,6 +45,7 @@ class KVCache:
         self.groups = tuple(groups)
         self.pools = pools
         self._page_bytes = {home: [group.page_bytes for group in pool.groups] for home, pool in pools.items()}
+        self.used_pages = {home: [0] * len(groups) for home in pools}
         self.used_bytes = dict.fromkeys(pools, 0)
         self.peak_bytes = dict.fromkeys(pools, 0)
         self._sharers = {home: [Counter[int]() for _ in groups] for home in pools}  # page -> the number of its holders besides the first
@@ -72,14 +74,15 @@ class KVCache:
         Args:
             kv: The sequence.
             length: The number of its tokens.
-            ahead: The number of tokens for which layers that see all tokens reserve pages at the same time, so that these are contiguous.
+            ahead: The number of tokens for which layers that see all tokens reserve pages at the same time, where the pool asks for that.
 
         Returns:
             Whether the pages were reserved; if the pool has too few, none are.
         """
         pool, taken = self.pools[kv.home], []
         for index, group in enumerate(self.groups):
-            wanted = max(length, ahead) if group.geometry.reach is None else length
+            goes_ahead = ahead > length and pool.reserves_ahead[index] and group.geometry.reach is None
+            wanted = ahead if goes_ahead else length
             missing = group.num_pages(wanted) - len(kv.tables[index])
             pages = pool.take(index, missing) if missing > 0 else []
             if pages is None:
@@ -88,8 +91,9 @@ class KVCache:
                 return False
             taken.append((index, pages))
         for index, pages in taken:
-            kv.tables[index] += pages
-            self._count(kv.home, len(pages) * self._page_bytes[kv.home][index])
+            if pages:
+                kv.tables[index] += pages
+                self._count(kv.home, index, len(pages))
         return True
 
     def trim(self, kv: SequenceKV, length: int) -> None:
@@ -116,10 +120,11 @@ class KVCache:
             elif sharers.pop(page, 0) == 0:
                 freed.append(page)
         self.pools[home].give_back(index, freed)
-        self._count(home, -len(freed) * self._page_bytes[home][index])
+        self._count(home, index, -len(freed))
 
-    def _count(self, home: str, delta_bytes: int) -> None:
-        self.used_bytes[home] += delta_bytes
+    def _count(self, home: str, index: int, num_pages: int) -> None:
+        self.used_pages[home][index] += num_pages
+        self.used_bytes[home] += num_pages * self._page_bytes[home][index]
         self.peak_bytes[home] = max(self.peak_bytes[home], self.used_bytes[home])
 
     def could_ever_hold(self, home: str, prompt_len: int, final_len: int) -> bool:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 from flexgen.base.recorder import WAITING, recorded
 from flexgen.io.pool import Contents, IOPool, Ticket
@@ -33,9 +33,6 @@ class DiskPlace(Place):
         staging_bytes: The staging for pages that are read ahead: at least one layer of one micro-batch.
         overlap: Whether pages are read ahead and written behind; otherwise both are waited for at once.
     """
-
-    chunks = False  # a later chunk's read would race with an earlier one's write
-    mixes = False
 
     def __init__(self, pool: DiskPool, attention: HostAttention, io: IOPool, staging_bytes: int, *, overlap: bool = True) -> None:
         self.pool, self._attention, self._io, self._overlap = pool, attention, io, overlap
@@ -111,6 +108,9 @@ class DiskPlace(Place):
         for group, pages in self._filled:
             self.pool.tails.forget(group, pages)
         self._filled.clear()
+
+    def forget(self, sequences: Collection[int]) -> None:
+        self.pool.tails.end(sequences)
 
     def close(self) -> None:
         self.read_ahead.stop()

@@ -157,9 +157,6 @@ class HostPlace(Place):
         attention: The host attention, which attends to the pages.
     """
 
-    chunks = True
-    mixes = False
-
     def __init__(self, pool: PagePool, attention: HostAttention) -> None:
         self.pool, self._attention = pool, attention
 

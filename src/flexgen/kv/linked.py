@@ -14,12 +14,12 @@ from flexgen.kv.compact import CompactPages
 from flexgen.kv.flow import KVFlow
 from flexgen.kv.host import HostAttention, HostPlace, HostView, LendPages
 from flexgen.kv.link import KVLink
-from flexgen.kv.pages import KVGroup, PagePool, of_positions, with_tail
+from flexgen.kv.pages import PagePool
 from flexgen.kv.place import Answer, DeferredAttention, View
 from flexgen.kv.sparse import SparseAttention
 from flexgen.passes.calls import AttentionCall
 from flexgen.passes.plan import Slice
-from flexgen.plan.policy import KV_RING_BATCHES, STEPS_ON_THE_WAY
+from flexgen.plan.policy import STEPS_ON_THE_WAY
 
 
 class LinkedPlace(HostPlace):
@@ -29,19 +29,12 @@ class LinkedPlace(HostPlace):
         pool: The pages.
         attention: The host attention, for prompts and for what the link does not bring.
         link: The link that brings pages.
-        ring_bytes: The bytes of its ring.
         sparse: What generated tokens keep of what they see; None for all of it.
     """
 
-    def __init__(
-        self, pool: PagePool, attention: HostAttention, link: KVLink, ring_bytes: int, sparse: SparseAttention | None = None
-    ) -> None:
+    def __init__(self, pool: PagePool, attention: HostAttention, link: KVLink, sparse: SparseAttention | None = None) -> None:
         super().__init__(pool, attention)
         self._link, self._sparse, self._flow = link, sparse, KVFlow(STEPS_ON_THE_WAY)
-        self._batch_bytes = max(ring_bytes // KV_RING_BATCHES, 1)
-
-    def share_of_batch(self, position: int) -> float:
-        return _most_layer_bytes(self.pool.groups, position) / self._batch_bytes
 
     def view(self, slices: Sequence[Slice]) -> HostView:
         if not all(each.is_decode for each in slices):
@@ -118,13 +111,3 @@ class LinkedView(HostView):
         with self._link.lend(self.pages, call.layer) as pages:
             plan.write(kernels, call.new, pages)
             return plan.attend(kernels, call, pages, [])
-
-
-def _most_layer_bytes(groups: Sequence[KVGroup], position: int) -> int:
-    """Return the bytes of the pages that a next token at a position sees, in the layer where they take most."""
-    most = 0
-    for index, group in enumerate(of_positions(groups)):
-        count = position // group.page_tokens - group.first_page(position) + 1
-        tails = sum(groups[each].layer_page_bytes for each in with_tail(groups, index)[1:])
-        most = max(most, count * group.layer_page_bytes + tails)
-    return most

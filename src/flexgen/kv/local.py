@@ -25,9 +25,6 @@ class LocalPlace(Place):
         sparse: What generated tokens keep of what they see; None for all of it.
     """
 
-    chunks = True
-    mixes = True
-
     def __init__(self, pool: PagePool, kernels: AttentionKernels, sparse: SparseAttention | None = None) -> None:
         self.pool, self.kernels, self._sparse = pool, kernels, sparse
         self.where = layer_index(pool.groups)

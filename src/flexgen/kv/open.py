@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,13 +23,12 @@ from flexgen.kv.host import HostAttention, HostPlace
 from flexgen.kv.link import KVLink
 from flexgen.kv.linked import LinkedPlace
 from flexgen.kv.local import LocalPlace
-from flexgen.kv.pages import KVGroup, PagePool, Pool, divide_pool, on_disk
+from flexgen.kv.pages import KVGroup, PagePool, Pool
 from flexgen.kv.place import Place
 from flexgen.kv.sparse import SparseAttention, ValueCounter
 from flexgen.kv.spill import DiskPool
+from flexgen.kv.tiers import block_pages, pool_bytes
 from flexgen.plan.policy import Policy
-
-TAIL_SLACK = 1.25  # shares are shares of tokens, and a tier may get more and shorter sequences
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,11 +69,8 @@ class KVSetup:
         return self.backend.device if self.backend is not None else HOST
 
     def num_pages(self, tier: str) -> list[int]:
-        """Return the pages of each group in the pool of a tier."""
-        policy = self.policy
-        sizes = {"device": policy.kv_device_bytes, "host": policy.kv_host_bytes, "disk": policy.kv_disk_bytes}
-        groups = on_disk(self.groups) if tier == "disk" else self.groups
-        return divide_pool(groups, sizes[tier], policy.longest_sequence, tail_count(policy, tier))
+        """Return the pages of each group in the pool of a tier, those of all blocks together."""
+        return [self.policy.num_blocks * count for count in block_pages(tier, self.groups, self.policy)]
 
     @property
     def host_device(self) -> torch.device:
@@ -99,11 +94,6 @@ class KVSetup:
         )  # fmt: skip
 
 
-def tail_count(policy: Policy, tier: str) -> int:
-    """Return the tails that a tier has if its KV is in a low-bit format: a little more than its share of the live sequences."""
-    return min(policy.max_num_seqs, math.ceil(TAIL_SLACK * getattr(policy.kv, tier) * policy.max_num_seqs) + 1)
-
-
 Opened = tuple[Pool, Place]
 
 
@@ -125,7 +115,7 @@ def _open_host(setup: KVSetup) -> Opened:
         raise EngineError("attention on the device to KV in host memory needs a ring for its pages")
     link = KVLink(pool, setup.backend, ring_bytes, setup.notify, setup.recorder, overlap=setup.overlap)
     attention = setup.host_attention("flexgen-host-attention", setup.sparse(), has_two=True)
-    return pool, LinkedPlace(pool, attention, link, ring_bytes, setup.sparse(saves=False))  # values come with the keys
+    return pool, LinkedPlace(pool, attention, link, setup.sparse(saves=False))  # values come with the keys
 
 
 def _open_disk(setup: KVSetup) -> Opened:
@@ -133,7 +123,8 @@ def _open_disk(setup: KVSetup) -> Opened:
         raise EngineError("KV on disk needs an offload folder")
     policy = setup.policy
     pages = setup.num_pages("disk")
-    pool = DiskPool(setup.groups, pages, setup.offload_dir, tail_bytes=policy.kv_tail_bytes, verify=setup.verify)
+    tail_bytes = policy.num_blocks * policy.kv_tail_bytes
+    pool = DiskPool(setup.groups, pages, setup.offload_dir, tail_bytes=tail_bytes, verify=setup.verify)
     attention = setup.host_attention(
         "flexgen-disk-attention", setup.sparse(saves=False), has_two=False
     )  # values are read ahead with the keys
@@ -144,7 +135,7 @@ PLACES: dict[str, Callable[[KVSetup], Opened]] = {"device": _open_device, "host"
 
 
 def open_places(setup: KVSetup) -> tuple[dict[str, Place], KVCache]:
-    """Return the place of each tier, and the cache over all tiers, for the pools of the policy.
+    """Return the place of each tier, and the cache over all tiers, for the pools of the policy and all of its blocks.
 
     Raises:
         StorageError: The spill file cannot be created.
@@ -152,10 +143,9 @@ def open_places(setup: KVSetup) -> tuple[dict[str, Place], KVCache]:
     """
     pools: dict[str, Pool] = {}
     places: dict[str, Place] = {}
-    sizes = {"device": setup.policy.kv_device_bytes, "host": setup.policy.kv_host_bytes, "disk": setup.policy.kv_disk_bytes}
     with contextlib.ExitStack() as undo:
         for tier, open_place in PLACES.items():
-            if sizes[tier]:
+            if pool_bytes(tier, setup.policy):
                 pools[tier], places[tier] = open_place(setup)
                 undo.callback(places[tier].close)
         undo.pop_all()

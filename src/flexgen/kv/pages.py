@@ -203,15 +203,23 @@ def layer_pages(memories: Sequence[PageMemory], layer: int) -> KVPages:
 class Pool:
     """The free pages of a tier.
 
-    Attributes:
+    Args:
         groups: The layer groups.
         num_pages: The number of pages of each group.
+        first_pages: The first page id of each group; 0 if it is left out.
+        reserves_ahead: For each group, whether a sequence takes at once all pages that it expects to need, so that they are contiguous.
+
+    Attributes:
         free: The free pages of each group.
     """
 
-    def __init__(self, groups: Sequence[KVGroup], num_pages: Sequence[int]) -> None:
+    def __init__(
+        self, groups: Sequence[KVGroup], num_pages: Sequence[int], *, first_pages: Sequence[int] = (), reserves_ahead: Sequence[bool] = ()
+    ) -> None:
         self.groups, self.num_pages = tuple(groups), list(num_pages)
-        self.free = [PageList(count) for count in num_pages]
+        self.reserves_ahead = tuple(reserves_ahead) or (False,) * len(self.groups)
+        firsts = first_pages or [0] * len(self.groups)
+        self.free = [PageList(count, first) for count, first in zip(num_pages, firsts, strict=True)]
 
     def take(self, group: int, count: int) -> list[int] | None:
         """Return `count` page ids, or None if too few are free, in which case none are taken."""
@@ -242,9 +250,9 @@ class PagePool(Pool):
 class PageList:
     """Free page ids as sorted runs, so that ids that are taken together are contiguous where possible."""
 
-    def __init__(self, num_pages: int) -> None:
-        self._starts = [0] if num_pages else []
-        self._stops = [num_pages] if num_pages else []
+    def __init__(self, num_pages: int, first: int = 0) -> None:
+        self._starts = [first] if num_pages else []
+        self._stops = [first + num_pages] if num_pages else []
         self.num_free = num_pages
 
     def take(self, count: int, *, contiguous: bool = False) -> list[int] | None:

@@ -7,7 +7,7 @@ time, or has to begin later, returns a pending result, which the ready loop poll
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -20,20 +20,8 @@ from flexgen.passes.plan import Slice
 class Place(Protocol):
     """The interface to the KV of one tier, which serves the micro-batches of its sequences.
 
-    Attributes:
-        chunks: Whether later chunks of a prompt may follow the first within a pass.
-        mixes: Whether next tokens and prompts may share a micro-batch.
+    What a pass may compute together there is known without it (tiers.py).
     """
-
-    chunks: bool
-    mixes: bool
-
-    def share_of_batch(self, position: int) -> float:
-        """Return the share of a micro-batch that the next token at this position takes by the KV that it sees.
-
-        The shares of its next tokens add up to 1 at most, unless there is only one; they are 0 where only the number of tokens counts.
-        """
-        return 0.0
 
     def view(self, slices: Sequence[Slice]) -> View:
         """Return the KV of one micro-batch during one pass."""
@@ -44,6 +32,9 @@ class Place(Protocol):
 
     def finish_pass(self) -> None:
         """Return once everything that the pass wrote has reached its home."""
+
+    def forget(self, sequences: Collection[int]) -> None:
+        """Free what is kept for sequences, given by their ids, whose pages are free; no pass may be running."""
 
     def close(self) -> None:
         """Stop the threads, free the memory and close the file."""

@@ -78,7 +78,7 @@ class GroupSlots:
                 self._slots[page] = len(self._slots)
                 has_new = behind > each.start
                 has_old = begin < each.start and not (has_new and self._group.stores_whole_pages)
-                self._move(page, has_old=has_old, has_new=has_new, is_full=behind <= end)
+                self._move(each.sequence, page, has_old=has_old, has_new=has_new, is_full=behind <= end)
             table.append(self._slots[page])
         return table
 
@@ -86,11 +86,11 @@ class GroupSlots:
         """Return the table of a tail: one slot."""
         (page,) = each.tables[self._index]
         self._slots[page] = len(self._slots)
-        self._move(page, has_old=each.start % self._group.page_tokens > 0, has_new=True, is_full=False)
+        self._move(each.sequence, page, has_old=each.start % self._group.page_tokens > 0, has_new=True, is_full=False)
         return [self._slots[page]]
 
-    def _move(self, page: int, *, has_old: bool, has_new: bool, is_full: bool) -> None:
-        """Record where a page comes from and where it is stored afterwards."""
+    def _move(self, sequence: int, page: int, *, has_old: bool, has_new: bool, is_full: bool) -> None:
+        """Record where a page of a sequence comes from and where it is stored afterwards."""
         slot, tail = self._slots[page], self._tails.slot(self._index, page)
         if tail is not None:
             self._loaded.append((slot, tail))
@@ -98,7 +98,7 @@ class GroupSlots:
             self.read.append(StagedPage(page, slot))
         if not has_new:
             return
-        if not is_full and (kept := self._tails.keep(self._index, page)) is not None:
+        if not is_full and (kept := self._tails.keep(self._index, page, sequence)) is not None:
             self._kept.append((slot, kept))
             return
         self.written.append(StagedPage(page, slot))

@@ -76,7 +76,7 @@ class DiskPool(Pool):
     def __init__(
         self, groups: Sequence[KVGroup], num_pages: Sequence[int], folder: Path, *, tail_bytes: int = 0, verify: bool = False
     ) -> None:
-        super().__init__(on_disk(groups), num_pages)
+        super().__init__(on_disk(groups), num_pages, reserves_ahead=[True] * len(groups))  # so that reads are large
         self.tails = Tails(self.groups, tail_bytes)
         odd = [size for group in of_positions(self.groups) for size in group.plane_bytes if size % ALIGNMENT]
         if odd:

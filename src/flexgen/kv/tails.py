@@ -5,7 +5,7 @@ Pages of a format that has tails are never here; its tails are, and are not writ
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import torch
 
@@ -31,23 +31,32 @@ class Tails:
         self._memory = [PageMemory(group, len(group.layers), each, allocate_memory) for group, each in zip(groups, counts, strict=True)]
         self._free = [list(range(each)) for each in counts]
         self._slots: list[dict[int, int]] = [{} for _ in groups]  # page -> slot
+        self._owners: list[dict[int, int]] = [{} for _ in groups]  # page -> the sequence whose last page it is
 
     def slot(self, group: int, page: int) -> int | None:
         """Return the slot of a page; None if the page has none."""
         return self._slots[group].get(page)
 
-    def keep(self, group: int, page: int) -> int | None:
-        """Return a slot for the page, its own if it has one; None if all are taken."""
+    def keep(self, group: int, page: int, sequence: int) -> int | None:
+        """Return a slot for the last page of a sequence, its own if it has one; None if all are taken."""
         slots, free = self._slots[group], self._free[group]
         if page not in slots and free:
             slots[page] = free.pop()
+        if page in slots:
+            self._owners[group][page] = sequence
         return slots.get(page)
 
     def forget(self, group: int, pages: Iterable[int]) -> None:
         """Free the slots of pages that are on disk now, or no longer needed."""
         for page in pages:
             if (slot := self._slots[group].pop(page, None)) is not None:
+                del self._owners[group][page]
                 self._free[group].append(slot)
+
+    def end(self, sequences: Collection[int]) -> None:
+        """Free the slots of sequences whose pages were given back elsewhere."""
+        for group, owners in enumerate(self._owners):
+            self.forget(group, [page for page, owner in owners.items() if owner in sequences])
 
     def load(self, group: int, place: int, staging: PageMemory, moves: Moves) -> None:
         """Copy slots to rows of staging.

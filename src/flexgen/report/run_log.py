@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from array import array
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -102,7 +102,6 @@ class RunLog:
         self._prompt_tokens = self._output_tokens = self._scored_tokens = 0  # tokens of the passes so far
         self._begin = self._pass_begin = self._told = now()
         self._moved_told = self.bytes_moved()
-        self._work = PassWork()  # the work of the last pass
         self._pass_expected_seconds = 0.0
 
     # -- events ---------------------------------------------------------------------------------------------------------------------
@@ -115,18 +114,25 @@ class RunLog:
     def preempted(self, count: int = 1) -> None:
         self.counts.preemptions += count
 
-    def begins(self, load: PassLoad) -> None:
-        """Record that a pass is about to begin."""
-        self._work = self.passes.work_of(load)
+    def begins(self, load: PassLoad) -> PassWork:
+        """Record that a pass is about to begin, and return its work; others may begin before it ends."""
+        work = self.passes.work_of(load)
         self._pass_begin = self._now()
-        self._pass_expected_seconds = self.passes.expected_of(self._work)
+        self._pass_expected_seconds = self.passes.expected_of(work)
+        return work
 
-    def passed(self, seconds: float, waits: dict[str, float]) -> None:
-        """Record that the current pass has ended."""
-        self.passes.add(seconds, self._work, waits)
-        self._prompt_tokens += round(self._work.num_prompt_tokens)
-        self._output_tokens += round(self._work.num_sampled)
-        self._scored_tokens += round(self._work.num_scored)
+    def passed(self, seconds: float, work: PassWork, waits: Mapping[str, float]) -> None:
+        """Record that a pass has ended.
+
+        Args:
+            seconds: The time that it took; where several are under way, the time since the end of the one before.
+            work: Its work, from `begins`.
+            waits: For each cause, the seconds in which there was nothing to run.
+        """
+        self.passes.add(seconds, work, waits)
+        self._prompt_tokens += round(work.num_prompt_tokens)
+        self._output_tokens += round(work.num_sampled)
+        self._scored_tokens += round(work.num_scored)
 
     def finished(self, result: TokenResult, request: TokenRequest, num_found: int) -> None:
         """Count a result.
