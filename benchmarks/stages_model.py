@@ -106,7 +106,7 @@ def scaling_rows(name: str, box: Machine) -> Iterator[str]:
         try:
             plan = planned(spec, box, number, job, LINKS[0], hasty=True)
         except FlexGenError as error:
-            yield row(number, *["-"] * 8, str(error).partition(":")[2].partition("(")[0].strip()[:60])
+            yield row(number, *["-"] * 9, str(error).partition(":")[2].partition("(")[0].strip()[:60])
             continue
         rates = [again(plan, job, link_of(link)).forecast.output_tokens_per_s for link in LINKS]
         alone = alone or rates[0] / number
