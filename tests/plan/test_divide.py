@@ -17,7 +17,8 @@ from flexgen.plan.model import KVGroupSpec
 from flexgen.plan.price.memory import footprint
 from flexgen.plan.search import solve
 from flexgen.plan.search.optimise import Search
-from flexgen.plan.stages.divide import ROUND_TRIP, LinkRate, again, divide, one_more
+from flexgen.plan.stages.divide import ROUND_TRIP, LinkRate, again, divide
+from flexgen.plan.stages.more import one_more
 from flexgen.plan.stages.search import block_of
 from flexgen.plan.stages.spec import num_layers_of
 from flexgen.plan.tell.forecast import make_plan

@@ -21,7 +21,8 @@ from flexgen.plan.machine import has_device_tier
 if TYPE_CHECKING:
     from flexgen.plan.machine import Limits, Machine
     from flexgen.plan.model import ModelSpec
-    from flexgen.plan.stages.divide import OneMore, StagesPlan
+    from flexgen.plan.stages.divide import StagesPlan
+    from flexgen.plan.stages.more import OneMore
     from flexgen.plan.workload import Workload
 
 _PANEL = "Several machines (docs/plans.md)"
@@ -98,7 +99,8 @@ def told(
 ) -> str:
     """Return the plan of several stages as text or JSON; `workload_of` makes the workload from the model's context."""
     from flexgen.plan.known.machines import PROCESS_BYTES, beside_checkpoint
-    from flexgen.plan.stages.divide import LinkRate, divide, one_more
+    from flexgen.plan.stages.divide import LinkRate, divide
+    from flexgen.plan.stages.more import one_more
     from flexgen.report.stages import format_stages
 
     rate, latency = parse_link(pipeline.link or DEFAULT_LINK, name="--link")

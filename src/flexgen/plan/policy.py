@@ -87,7 +87,6 @@ class Policy:
         compute_threads: The number of threads that compute.
         io_threads: The number of threads that read and write files.
         longest_sequence: The tokens of the job's longest prompt and answer. Each layer group can hold one such sequence whole.
-        num_blocks: The number of blocks of sequences in flight, each of which has a pool of its own of every size below.
     """
 
     device: str
@@ -119,7 +118,6 @@ class Policy:
     kv_tail_bytes: int = 0
     kv_ring_bytes: int = 0
     longest_sequence: int = 512
-    num_blocks: int = 1
 
     @property
     def kv_bytes(self) -> int:

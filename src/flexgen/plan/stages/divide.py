@@ -29,11 +29,11 @@ from flexgen.plan.tell.forecast import Forecast, Plan
 from flexgen.plan.tell.spill import LEAST_SPILL_GAIN
 from flexgen.plan.workload import Workload
 
-__all__ = ["ROUND_TRIP", "LinkRate", "OneMore", "StagePlan", "StagesPlan", "again", "divide", "one_more"]
+__all__ = ["ROUND_TRIP", "LinkRate", "StagePlan", "StagesPlan", "again", "divide"]
 
 # How often the stage that is slowest decides anew, and how often bounds on time are tightened until the whole keeps them.
 ROUNDS, ATTEMPTS = 4, 4
-# The share of the usual effort of a search for a plan that is only compared with another.
+# The share of the usual effort of a search for a plan that is only compared with others.
 HASTY = 0.1
 # Machines on which nothing fits count as so many times slower than the fastest, in the first cut.
 LEAST_RATE = 1e-3
@@ -80,19 +80,6 @@ class StagesPlan:
     round_trip_seconds: float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OneMore:
-    """What one machine more would bring.
-
-    Attributes:
-        like: The machine that it is a copy of: that of the slowest stage.
-        speedup: How many times as fast the job would be.
-    """
-
-    like: str
-    speedup: float
-
-
 def divide(
     options: EngineOptions,
     spec: ModelSpec,
@@ -103,6 +90,7 @@ def divide(
     process_bytes: Sequence[int],
     link: LinkRate,
     cut_points: Sequence[int] | None = None,
+    hasty: bool = False,
 ) -> StagesPlan:
     """Return the best plans of a pipeline's stages.
 
@@ -119,19 +107,20 @@ def divide(
         process_bytes: The resident memory of each stage's process before any weight is loaded.
         link: The link between a stage and the next, and from the last one back.
         cut_points: The layers at which stages may begin; None for all.
+        hasty: Whether to look for a plan that is only compared with others, in a tenth of the time.
 
     Raises:
         OptionError: There are more stages than the model can be cut into, or an option cannot be honoured.
         CapacityError: A stage does not fit its machine (the message names both), or the job takes longer than it may.
     """
     job = (options, spec, machines, limits, workload)
-    given: dict[str, Any] = {"process_bytes": process_bytes, "link": link, "cut_points": cut_points}
-    plan = _divided(*job, **given, hasty=False)
+    given: dict[str, Any] = {"process_bytes": process_bytes, "link": link, "cut_points": cut_points, "hasty": hasty}
+    plan = _divided(*job, **given)
     if options.kv is not None or options.disk is not None or plan.forecast.disk_written_bytes <= spec.checkpoint_bytes:
         return plan
     dry = [dataclasses.replace(each, disk_bytes=0) for each in limits]
     try:
-        without = _divided(*job[:3], dry, workload, **given, hasty=False)
+        without = _divided(*job[:3], dry, workload, **given)
     except CapacityError:
         return plan
     gain = without.forecast.seconds / max(plan.forecast.seconds, 1e-9) - 1
@@ -141,34 +130,6 @@ def divide(
 def again(plan: StagesPlan, workload: Workload, link: LinkRate | None = None) -> StagesPlan:
     """Return the same stages with the forecast of another job, or over another link."""
     return _told([stage.layers for stage in plan.stages], [stage.plan for stage in plan.stages], link or plan.link, workload)
-
-
-def one_more(
-    plan: StagesPlan,
-    options: EngineOptions,
-    spec: ModelSpec,
-    machines: Sequence[Machine],
-    limits: Sequence[Limits],
-    workload: Workload,
-    *,
-    process_bytes: Sequence[int],
-    cut_points: Sequence[int] | None = None,
-) -> OneMore | None:
-    """Return about what one machine more would bring, a copy of the slowest stage's behind it; None where there is no layer for it.
-
-    Args:
-        plan: The plan without it; the other arguments are those of `divide`.
-    """
-    slowest = max(range(len(machines)), key=lambda stage: plan.stages[stage].busy_share)
-    places = [*range(slowest + 1), *range(slowest, len(machines))]
-    more = [[each[place] for place in places] for each in (machines, limits, process_bytes)]
-    try:
-        other = _divided(
-            options, spec, more[0], more[1], workload, process_bytes=more[2], link=plan.link, cut_points=cut_points, hasty=True
-        )  # fmt: skip
-    except (CapacityError, OptionError):
-        return None
-    return OneMore(like=machines[slowest].name, speedup=plan.forecast.seconds / max(other.forecast.seconds, 1e-9))
 
 
 def _divided(
