@@ -74,15 +74,17 @@ time.sleep(1000)
     check_gone(processes)
 
 
-def test_followers_that_do_not_end_are_ended_after_an_error(crew: Crew) -> None:
+def test_followers_that_do_not_end_are_ended_after_an_error(crew: Crew, tmp_path: Path) -> None:
     """One that takes no notice of SIGTERM, one that is stopped, and one that has ended before."""
     follower = """
-rank = os.environ["RANK"]
+rank, folder = os.environ["RANK"], os.environ["FOLDER"]
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
-print("here", flush=True)
+open(f"{folder}/here-{rank}", "w").close()
 if rank == "2":
     os.kill(os.getpid(), signal.SIGSTOP)
 if rank == "3":
+    while not all(os.path.exists(f"{folder}/here-{each}") for each in (1, 2)):
+        time.sleep(0.01)
     sys.exit(7)
 time.sleep(1000)
 """
@@ -99,7 +101,7 @@ except StageError as error:
 say([process.returncode for process in followers.processes])
 say("ended")
 """
-    crew.start(1, leader(follower, program))
+    crew.start(1, leader(follower, program), FOLDER=str(tmp_path))
     crew.end_well()
     lines = crew.printed(0).splitlines()
     assert "rank 3 on this machine has ended (exit code 7)" in lines

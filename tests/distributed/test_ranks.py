@@ -6,6 +6,8 @@ import psutil
 from crew import Crew
 
 VALUES = """
+from flexgen.errors import EngineError
+
 def body(ranks):
     assert (ranks.size, len(ranks.hosts), set(ranks.hosts)) == (3, 3, {socket.gethostname()})
     assert ranks.address == "127.0.0.1"
@@ -19,8 +21,12 @@ def body(ranks):
         ranks.lookup("never", 0.2)
     except StageError as error:
         say(error)
-    assert ranks.sender(0) is ranks.sender(0)
-    ranks.receiver(0)
+    for wrong in (ranks.rank, 3, -1):
+        try:
+            ranks.sender(wrong)
+        except EngineError:
+            continue
+        say("a channel to", wrong)
 
 run(body)
 """
@@ -35,6 +41,7 @@ def test_what_a_rank_publishes_all_others_can_look_up(crew: Crew) -> None:
 OPEN = """
 def body(ranks):
     sender, receiver = ranks.sender((ranks.rank + 1) % ranks.size), ranks.receiver((ranks.rank - 1) % ranks.size)
+    assert (ranks.sender(sender.peer), ranks.receiver(receiver.peer)) == (sender, receiver)
     sender.send("hello", {}, [torch.ones(3)])
     receiver.receive()
     say("ready")

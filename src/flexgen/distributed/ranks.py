@@ -21,7 +21,7 @@ from flexgen.distributed.interfaces import address_of, address_towards, listenin
 from flexgen.distributed.place import Place, place_of
 from flexgen.distributed.shaping import VARIABLE, parse_link
 from flexgen.distributed.wire import Wire, WireError
-from flexgen.errors import StageError
+from flexgen.errors import EngineError, StageError
 
 JOIN_SECONDS = 300.0
 _MOST_BYTES = 1 << 26  # of a value in the store
@@ -129,6 +129,7 @@ class Ranks:
     def sender(self, to: int) -> Sender:
         """Return the channel to a rank, which opens its end by `receiver`; nobody waits for it here."""
         if to not in self._senders:
+            self._check_other(to)
             connect = partial(self._wire, self.rank, to)
             self._senders[to] = Sender(to, connect, self.health, link=self._link, limits=self._limits)
             self._senders[to].start()
@@ -137,6 +138,7 @@ class Ranks:
     def receiver(self, source: int) -> Receiver:
         """Return the channel from a rank, which opens its end by `sender`; nobody waits for it here."""
         if source not in self._receivers:
+            self._check_other(source)
             self._receivers[source] = Receiver(source, partial(self._wire, source, self.rank), self.health, limits=self._limits)
             self._receivers[source].start()
         return self._receivers[source]
@@ -194,6 +196,10 @@ class Ranks:
         if store is not None and self._place.rank == 0 and not self._place.agent_serves:
             self.health.wait_for_leavers(store)
         self._senders, self._receivers = {}, {}
+
+    def _check_other(self, rank: int) -> None:
+        if rank == self.rank or not 0 <= rank < self.size:
+            raise EngineError(f"rank {self.rank} of {self.size} has no channel to rank {rank}")
 
     def _wire(self, source: int, to: int) -> Wire:
         """Connect the two ends of a channel; runs on the channel's own thread, so that no order of opening can block."""
