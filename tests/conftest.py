@@ -18,7 +18,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one process per core: more threads th
 if not Path("/proc/driver/nvidia").exists():  # before Triton is loaded: without a device, its kernels run in its interpreter
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-pytest_plugins = ["fakes", "table_fakes", "sampling", "shortcuts"]
+pytest_plugins = ["fakes", "table_fakes", "sampling", "shortcuts", "crew"]
 
 ROOT = Path(__file__).parent.parent
 

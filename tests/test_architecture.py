@@ -33,6 +33,7 @@ FLOORS = (
     {"models"},
     {"report", "quantize"},
     {"engine"},
+    {"distributed"},
     {"profile"},
     {"session"},
     {"api"},

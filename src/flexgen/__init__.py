@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         OptionError,
         OutOfMemoryError,
         RequestError,
+        StageError,
         StorageError,
         UnsupportedModelError,
     )
@@ -31,7 +32,7 @@ __all__ = [
     "LLM", "SamplingParams", "StructuredOutputsParams", "RequestOutput", "CompletionOutput", "Logprob", "ClassificationRequestOutput",
     "ClassificationOutput", "EngineOptions",
     "FlexGenError", "OptionError", "RequestError", "JobError", "ModelError", "UnsupportedModelError", "CheckpointError", "CapacityError",
-    "OutOfMemoryError", "StorageError", "EngineError",
+    "OutOfMemoryError", "StorageError", "StageError", "EngineError",
     "__version__",
 ]  # fmt: skip
 

@@ -11,6 +11,7 @@ FlexGenError
 │   └── OutOfMemoryError        memory ran out while the plan was carried out
 ├── StorageError           an offload folder, output file or disk failed
 │   └── DeliveryError           standard output did not take answers that are done and stored
+├── StageError             a stage of a pipeline has ended, hangs, or failed, so that the run ends on all of them
 └── EngineError            a broken invariant inside the engine (a bug: please report it)
 """
 
@@ -74,6 +75,10 @@ class OutOfMemoryError(CapacityError):
 
 class StorageError(FlexGenError):
     """An offload folder, an output file or a disk failed."""
+
+
+class StageError(FlexGenError):
+    """A stage of a pipeline has ended, hangs, or failed; the message names its rank and host.  The run ends on all ranks, and can go on."""
 
 
 class EngineError(FlexGenError):

@@ -26,7 +26,7 @@ from flexgen import cli
 from flexgen.base.files import create
 from flexgen.cli.exit_codes import ExitCode
 from flexgen.cli.options import FLAGS, engine_command
-from flexgen.errors import CapacityError, EngineError, StorageError
+from flexgen.errors import CapacityError, EngineError, StageError, StorageError
 from flexgen.hub.model_files import ModelFiles
 from flexgen.jobs.reading import index_of
 from flexgen.options import EngineOptions
@@ -367,6 +367,22 @@ def test_what_stops_a_run_gives_75_and_the_same_command_goes_on(
     monkeypatch.setattr(FakeEngine, "_answer", answer)
     assert flexgen("run", model_folder, source, "-o", output).exit_code == 0
     assert [record["id"] for record in records(output)] == list(range(10))
+
+
+@pytest.mark.parametrize(
+    "place", ["flexgen.session.session.open_engine", "flexgen.jobs.runner.Job.answer", "flexgen.jobs.folder.job_paths"]
+)
+def test_a_stage_that_is_lost_gives_75_at_any_time(
+    model_folder: Path, source: Path, output: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    def lose(*args: object, **kwargs: object) -> None:
+        raise StageError("rank 1 on beta does not answer")
+
+    monkeypatch.setattr(place, lose)
+    done = flexgen("run", model_folder, source, "-o", output)
+    assert done.exit_code == 75
+    assert "flexgen: rank 1 on beta does not answer\n" in done.stderr
+    assert "the same command goes on" in done.stderr
 
 
 def test_the_command_is_a_module() -> None:

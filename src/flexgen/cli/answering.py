@@ -15,7 +15,7 @@ from flexgen.cli.options import write_asked
 from flexgen.cli.run_flags import RunFlags
 from flexgen.cli.signals import StopSignals
 from flexgen.cli.spelling import in_flags
-from flexgen.errors import FlexGenError, OutOfMemoryError, is_disk_failure
+from flexgen.errors import FlexGenError, OutOfMemoryError, StageError, is_disk_failure
 from flexgen.jobs.interrupt import Stopped
 
 if TYPE_CHECKING:
@@ -56,7 +56,8 @@ class Answering:
         except Stopped:
             code, reason = self.signals.exit_code, f"stopped by {self.signals.name}"
         except (FlexGenError, PermissionError) as error:
-            code, reason = ExitCode.RESUMABLE if self.job.started or is_disk_failure(error) else ExitCode.REFUSED, error
+            stopped = self.job.started or is_disk_failure(error) or isinstance(error, StageError)
+            code, reason = ExitCode.RESUMABLE if stopped else ExitCode.REFUSED, error
         self.display.close()
         try:
             self._write_output(finished=reason is None)

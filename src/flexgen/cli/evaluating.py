@@ -19,7 +19,7 @@ from flexgen.cli.exit_codes import ExitCode, complain
 from flexgen.cli.options import ProgressFlag, VerboseFlag, check_output_folder, load
 from flexgen.cli.signals import StopSignals
 from flexgen.cli.terminal import showing
-from flexgen.errors import EngineError, FlexGenError, OutOfMemoryError, RequestError, StorageError
+from flexgen.errors import EngineError, FlexGenError, OutOfMemoryError, RequestError, StageError, StorageError
 from flexgen.jobs.interrupt import Stopped
 from flexgen.options import EngineOptions
 
@@ -81,7 +81,7 @@ def _resumable(model: str, options: EngineOptions, common: CommonFlags, run: Eva
         except RequestError as error:
             display.close()
             return complain(error, ExitCode.SOME_FAILED)
-        except (StorageError, OutOfMemoryError, EngineError) as error:
+        except (StorageError, OutOfMemoryError, StageError, EngineError) as error:
             if not begun:
                 raise
             display.close()

@@ -27,7 +27,7 @@ class ExitCode(IntEnum):
     USAGE = 2, "the command line is wrong"
     REFUSED = 3, "refused before the start: the model, the budgets, the input, or another run on this output"
     BUG = 70, "a bug in flexgen"
-    RESUMABLE = 75, "stopped by a failure (disk full, I/O error, out of memory); the same command goes on"
+    RESUMABLE = 75, "stopped by a failure (disk full, I/O error, out of memory, a stage lost); the same command goes on"
     HANGUP = 129, "stopped by SIGHUP; the same command goes on"
     INTERRUPTED = 130, "stopped by SIGINT (Ctrl-C); the same command goes on"
     TERMINATED = 143, "stopped by SIGTERM; the same command goes on"

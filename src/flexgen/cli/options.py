@@ -22,7 +22,7 @@ from flexgen.cli.exit_codes import ExitCode, complain, complain_of_bug, complain
 from flexgen.cli.numbers import in_words
 from flexgen.cli.spelling import ENGINE_FLAGS, flag_of, in_flags
 from flexgen.distributed.place import is_placed
-from flexgen.errors import FlexGenError, OptionError, StorageError, is_disk_failure, is_out_of_memory
+from flexgen.errors import FlexGenError, OptionError, StageError, StorageError, is_disk_failure, is_out_of_memory
 from flexgen.options import (
     ALLOWABLE_FORMATS,
     CPU_COMPUTES,
@@ -136,10 +136,15 @@ def command(body: Callable[..., int]) -> Callable[..., None]:
 
 
 def _refused(error: FlexGenError, flags: Mapping[str, str]) -> ExitCode:
-    """Say why a command was refused, with flags in place of names, and return the exit code: what a disk is to blame for can go on."""
+    """Say why a command was refused, with flags in place of names, and return the exit code.
+
+    What a disk or a lost stage is to blame for can go on.
+    """
     said = in_flags(str(error), flags) if isinstance(error, OptionError) else error
     if is_disk_failure(error):
         return complain_of_disk(error, said)
+    if isinstance(error, StageError):
+        return complain(f"{said}\nthe same command goes on", ExitCode.RESUMABLE)
     return complain(said, ExitCode.USAGE if isinstance(error, OptionError) else ExitCode.REFUSED)
 
 
