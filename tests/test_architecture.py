@@ -44,10 +44,10 @@ FLOORS = (
     {"__init__", "__main__"},
 )
 # The rooms of plan/, from the ground up; its loose files are its values.
-FLOORS_OF_PLAN = ({""}, {"price"}, {"known", "play"}, {"search"}, {"tell"})
+FLOORS_OF_PLAN = ({""}, {"price"}, {"known", "play"}, {"search"}, {"tell"}, {"stages"})
 # What a mechanism sees of plan/: values, never the choice.  What is above the LLM sees of the engine nothing, of reports values.
 MECHANISMS = {"kernels", "devices", "formats", "checkpoint", "weights", "kv", "models"}
-PLAN_VALUES = {"machine", "model", "policy", "workload"}
+PLAN_VALUES = {"machine", "model", "policy", "workload", "stages.spec"}
 
 
 @dataclass(frozen=True)

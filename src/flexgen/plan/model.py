@@ -18,7 +18,7 @@ from flexgen.plan.policy import PAGE_TOKENS
 # Matches the number of a layer in the name of a unit.
 _LAYER_NUMBER = re.compile(r"(?<=\.)(0|[1-9]\d*)(?=\.| |$)")
 _ENCODED, _IN_INT8, _DECODED_FROM = "encoded_bytes", "int8_flops_per_token", "decoded_from"
-_OPERATIONS, _EXPERTS = "operations", "expert_numbers_per_token"
+_OPERATIONS, _EXPERTS, _LAYERS = "operations", "expert_numbers_per_token", "layers"
 # What is left out of the JSON of a model whose KV is in the dtype of computing.
 _KV_FORMAT, _LOW_BIT = "kv_format", ("exact_bytes_per_token", "slot_bytes_per_token")
 # What is left out of the JSON of a model whose generated tokens attend to all that they see.
@@ -70,6 +70,8 @@ class KVGroupSpec:
         value_bytes_per_token: The bytes of one token's values in one layer; 0 where that does not matter.
         queries_per_key: The number of query heads that share a key head; 1 where that does not matter.
         key_heads: The number of key heads; 1 where that does not matter.
+        layers: The decoder layer of each of these layers, a number that is there twice if it attends twice; empty for layers 0, 1, 2 and
+            so on, one each.
     """
 
     num_layers: int
@@ -81,6 +83,12 @@ class KVGroupSpec:
     value_bytes_per_token: int = 0
     queries_per_key: int = 1
     key_heads: int = 1
+    layers: tuple[int, ...] = ()
+
+    @property
+    def decoder_layers(self) -> tuple[int, ...]:
+        """The decoder layer of each of these layers."""
+        return self.layers or tuple(range(self.num_layers))
 
     @property
     def disk_bytes_per_token(self) -> int:
@@ -204,6 +212,9 @@ class ModelSpec:
                 del kind[_ENCODED]
             if not kind[_IN_INT8]:
                 del kind[_IN_INT8]
+        for group in fields["kv_groups"]:
+            if not group[_LAYERS]:
+                del group[_LAYERS]
         if self.kv_format is None:
             del fields[_KV_FORMAT]
             for group in fields["kv_groups"]:
@@ -236,6 +247,7 @@ class ModelSpec:
             for group in fields.get("kv_groups", ()):
                 for name, default in (_OF_SPARSE | dict.fromkeys(_LOW_BIT, 0)).items():
                     group.setdefault(name, default)
+                group.setdefault(_LAYERS, [])
             units = _unpacked(dataclass_from_json(_PackedUnits, packed, "model"))
             return dataclasses.replace(dataclass_from_json(cls, fields | {"units": []}, "model"), units=units)
         except (TypeError, AttributeError, IndexError) as error:

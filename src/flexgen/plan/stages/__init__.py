@@ -1,0 +1,1 @@
+"""Divides a model among pipeline stages."""
