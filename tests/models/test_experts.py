@@ -22,7 +22,7 @@ from flexgen.models.assemble import AssembledModel
 from flexgen.models.coroutine import ForwardCoroutine
 from flexgen.models.experts import FEW_ROWS, experts_forward, scored_experts_forward
 from flexgen.models.parts import ParameterUse, Part
-from flexgen.models.tracing import is_experts
+from flexgen.models.weightless import is_experts
 from flexgen.plan.policy import Fractions, Policy
 from tests.kernels.live_bytes import LiveBytes
 from tests.kernels.plain_grouped import PlainGroupedKernels

@@ -31,6 +31,8 @@ units = st.builds(
     int8_flops_per_token=st.sampled_from([0.0, 1 / 3]),
 )
 
+LAYERS = ((0, 1, 3), (2, 4))
+
 
 def spec_with(units: list[UnitSpec]) -> ModelSpec:
     return ModelSpec(
@@ -79,6 +81,15 @@ def test_a_model_with_experts_comes_back() -> None:
     spec = dataclasses.replace(spec_with([]), expert_numbers_per_token=115_200)
     assert ModelSpec.from_json(spec.to_json()) == spec
     assert "expert" not in spec_with([]).to_json()
+
+
+def test_the_layers_of_groups_come_back() -> None:
+    windowed, full = (dataclasses.replace(group, layers=layers) for group, layers in zip(spec_with([]).kv_groups, LAYERS, strict=True))
+    spec = dataclasses.replace(spec_with([]), kv_groups=(windowed, full))
+    assert ModelSpec.from_json(spec.to_json()) == spec
+    assert [group.decoder_layers for group in spec.kv_groups] == list(LAYERS)
+    assert [group.decoder_layers for group in spec_with([]).kv_groups] == [(0, 1, 2), (0, 1)]
+    assert '"layers":' not in spec_with([]).to_json()
 
 
 def test_equal_layers_are_written_once() -> None:

@@ -50,6 +50,14 @@ class ForwardCoroutine(greenlet.greenlet):
         """Return rows (n, dim) of the embedding `module_name`, and `token_ids` renumbered to index them."""
         raise NotImplementedError
 
+    def stage_input(self) -> torch.Tensor:
+        """Return the hidden states that the first layer of a pipeline stage is given, once they have arrived."""
+        raise NotImplementedError
+
+    def stage_output(self, hidden: torch.Tensor) -> None:
+        """Take the hidden states that leave a pipeline stage, whose forward ends then."""
+        raise NotImplementedError
+
     def update(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
         """Remember the keys and values that a layer passes to the cache, until its attention call."""
         if self.updates:

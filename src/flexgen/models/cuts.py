@@ -17,7 +17,8 @@ from flexgen.base.quantities import align_up
 from flexgen.errors import UnsupportedModelError
 from flexgen.formats.linear_names import is_linear_of_layer
 from flexgen.models.parts import ParameterUse, Part
-from flexgen.models.tracing import ModelTrace, is_experts, is_scored_experts
+from flexgen.models.tracing import ModelTrace
+from flexgen.models.weightless import is_experts, is_scored_experts
 
 GRANULE_ROWS = 64  # matrix products over odd numbers of rows are slower
 
@@ -100,7 +101,7 @@ def cut_units(uses: Sequence[ParameterUse], unit_bytes: int) -> list[list[Part]]
     units: list[list[Part]] = []
     room, owner = 0, None
     for use in uses:
-        layer = (_layer_of(use.module), use.head)
+        layer = (layer_named_in(use.module), use.head)
         for start, stop in pairwise(_bounds(use, unit_bytes)):
             size = use.decoded_bytes * (stop - start) // use.rows
             if not units or size > room or layer != owner:
@@ -122,7 +123,7 @@ def _bounds(use: ParameterUse, unit_bytes: int) -> list[int]:
     return [*range(0, use.rows, step), use.rows]
 
 
-def _layer_of(module: str) -> str | None:
+def layer_named_in(module: str) -> int | None:
     """Return the decoder layer's number, which is the first number in a module's name; None if there is none."""
     match = re.search(r"\.(\d+)\.", f".{module}.")
-    return match[1] if match else None
+    return int(match[1]) if match else None

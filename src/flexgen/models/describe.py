@@ -17,8 +17,8 @@ from flexgen.models.expert_sums import pair_numbers
 from flexgen.models.operations import untraced_operations
 from flexgen.models.parts import Part
 from flexgen.models.refusals import check_supported_architecture
-from flexgen.models.tracing import is_scored_experts
 from flexgen.models.units import ModelUnits, cut_model
+from flexgen.models.weightless import is_scored_experts
 from flexgen.passes.geometry import LayerKV, by_geometry
 from flexgen.plan.machine import int8_name
 from flexgen.plan.model import KVGroupSpec, ModelSpec, UnitSpec
@@ -127,6 +127,7 @@ def model_spec(
         kv_groups=tuple(
             KVGroupSpec(
                 num_layers=len(members),
+                layers=_decoder_layers(units, members),
                 bytes_per_token=kv_format.key_bytes(geometry) + kv_format.value_bytes(geometry),
                 attention_flops_per_pair=sum(each.flops_per_pair for each in members) / len(members),
                 window=geometry.reach,
@@ -149,6 +150,12 @@ def model_spec(
         operations=units.trace.num_operations + untraced_operations(units.parts),
         expert_numbers_per_token=_expert_numbers(units),
     )
+
+
+def _decoder_layers(units: ModelUnits, members: Sequence[LayerKV]) -> tuple[int, ...]:
+    """Return the `layers` of a KVGroupSpec."""
+    found = tuple(units.decoder.of_kv[each.layer] for each in members) if units.decoder.undivided is None else ()
+    return () if found == tuple(range(len(members))) else found
 
 
 def _queries_per_key(layers: Sequence[LayerKV]) -> int:

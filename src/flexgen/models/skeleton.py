@@ -26,6 +26,7 @@ from flexgen.models.linear import int8_linear
 from flexgen.models.parts import Part
 from flexgen.models.rope import check_factors, isolate_sequences, recompute_length
 from flexgen.models.scoring import Scorer
+from flexgen.models.stage import Stage, StageEnd, install_stage
 from flexgen.weights.encoded import EncodedNumbers
 
 if TYPE_CHECKING:
@@ -74,15 +75,19 @@ class BoundModel:
         units: The parts of each unit.
         gathered: The names of the embeddings whose rows are gathered as they are needed.
         tail: What the model does to the logits after its head, see `split_linear`.
+        stage: The pipeline stage whose layers alone are to run; None for all.
     """
 
-    def __init__(self, model: PreTrainedModel, units: Iterable[Sequence[Part]], gathered: Sequence[str], tail: Tail | None = None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, units: Iterable[Sequence[Part]], gathered: Sequence[str], tail: Tail | None = None,
+        stage: Stage | None = None,
+    ) -> None:  # fmt: skip
         isolate_sequences(model, recomputes=recompute_length(model.config) is not None)
-        self.model, self._tail = model, tail
+        self.model, self._tail, self._stage = model, tail, stage
         self._placeholders: dict[tuple[str, str], nn.Parameter] = {}
         self._parts: dict[tuple[int, str, str], Part] = {}
         self._modules = dict(model.named_modules())
-        self._gathered = tuple(gathered)
+        self._empty = [(name, "weight") for name in gathered]  # parameters without rows
         self._int8 = Int8Products()
         for _, parts in groupby((part for unit in units for part in unit), key=lambda part: part.use.module):
             self._install(list(parts))
@@ -92,6 +97,8 @@ class BoundModel:
             no_rows = torch.empty(0, module.embedding_dim, dtype=module.weight.dtype)
             module._parameters["weight"] = nn.Parameter(no_rows, requires_grad=False)  # models move ids to its device
             module.register_forward_pre_hook(functools.partial(_gather_rows, name))
+        if stage is not None:
+            self._empty += install_stage(model, stage)
 
     def _install(self, parts: Sequence[Part]) -> None:
         """Install the hook of one module, which is entered as its parts arrive."""
@@ -162,19 +169,32 @@ class BoundModel:
 
     def move_buffers(self, device: torch.device) -> None:
         """Move buffers (rotary frequencies, masks), and the placeholders of embeddings before their first rows, to the computing device."""
-        for name in self._gathered:
-            weight = self._modules[name]._parameters["weight"]
+        for name, parameter in self._empty:
+            weight = self._modules[name]._parameters[parameter]
             assert weight is not None
-            self._modules[name]._parameters["weight"] = nn.Parameter(weight.to(device), requires_grad=False)
+            self._modules[name]._parameters[parameter] = nn.Parameter(weight.to(device), requires_grad=False)
         for module in self._modules.values():
             for name, buffer in module._buffers.items():
                 if buffer is not None and buffer.device != device and buffer.device.type != "meta":
                     module._buffers[name] = buffer.to(device)
 
+    def hidden_shape(self, num_tokens: int) -> tuple[int, ...]:
+        """Return the shape of the hidden states of so many tokens between stages."""
+        assert self._stage is not None
+        return self._stage.decoder.hidden.shape_of(num_tokens)
+
+    @property
+    def hidden_dtype(self) -> torch.dtype:
+        """The dtype of the hidden states between stages."""
+        assert self._stage is not None
+        return self._stage.decoder.hidden.dtype
+
     def forward(
         self, input_ids: torch.Tensor, position_ids: torch.Tensor, rows: torch.Tensor, cache: Any, scorer: Scorer | None = None
-    ) -> torch.Tensor:
+    ) -> torch.Tensor | None:
         """Return the logits, (rows, vocab), of a packed micro-batch; this must be called inside a ForwardCoroutine.
+
+        A stage that is not the last one hands its hidden states to the coroutine, and returns None.
 
         Args:
             input_ids: The token ids, int64 (1, tokens).
@@ -185,7 +205,10 @@ class BoundModel:
         """
         forward = current_forward()
         forward.position_ids, forward.scorer = position_ids, scorer
-        output = self.model(input_ids=input_ids, position_ids=position_ids, past_key_values=cache, use_cache=True, logits_to_keep=rows)
+        try:
+            output = self.model(input_ids=input_ids, position_ids=position_ids, past_key_values=cache, use_cache=True, logits_to_keep=rows)
+        except StageEnd:
+            return None
         logits = output.logits[0]
         if scorer is not None and len(logits) == len(rows):  # the head could not hand them over part by part
             num_sampled = len(rows) - scorer.num_rows

@@ -18,8 +18,10 @@ from flexgen.checkpoint.meta import SkeletonLimits
 from flexgen.checkpoint.parameters import ModelSources, parameter_sources
 from flexgen.checkpoint.repository import saved_shapes
 from flexgen.formats.table import stated_format, without_quantization
-from flexgen.models.cuts import cut_units, in_int8, streamed_uses
-from flexgen.models.parts import Part
+from flexgen.models.cuts import cut_units, in_int8, layer_named_in, streamed_uses
+from flexgen.models.flow import decoder_layers
+from flexgen.models.layers import DecoderLayers
+from flexgen.models.parts import ParameterUse, Part
 from flexgen.models.refusals import check_supported_architecture
 from flexgen.models.skeleton import build_skeleton
 from flexgen.models.tracing import ModelTrace, trace_model
@@ -37,6 +39,7 @@ class ModelUnits:
     Attributes:
         model: The skeleton.
         trace: The findings of the trace.
+        decoder: Its decoder layers.
         sources: The stored bytes of its parameters.
         number_format: The format in which the parameters are stored, as in ModelSpec.
         parts: For each unit that streams, its parts, in the order of use.
@@ -48,6 +51,7 @@ class ModelUnits:
 
     model: Any
     trace: ModelTrace
+    decoder: DecoderLayers
     sources: ModelSources
     number_format: str
     parts: Sequence[Sequence[Part]]
@@ -102,6 +106,7 @@ def cut_model(
     return ModelUnits(
         model=model,
         trace=trace,
+        decoder=_named_by_layer(decoder_layers(model, trace), uses),
         sources=sources,
         number_format=headers.number_format,
         parts=parts,
@@ -110,6 +115,15 @@ def cut_model(
         tables=tables,
         unused_bytes=sum(sources[name].nbytes for name in unused if sources.kept_as(name) == name),
     )
+
+
+def _named_by_layer(decoder: DecoderLayers, uses: Sequence[ParameterUse]) -> DecoderLayers:
+    """Return the layers, which cannot be divided where the names of units do not tell their layers, since a plan goes by names."""
+    if decoder.undivided is None:
+        for use in uses:
+            if layer_named_in(use.module) != decoder.layer_of(use.module):
+                return DecoderLayers(model_type=decoder.model_type, undivided=f"{use.module} is not named by its layer")
+    return decoder
 
 
 class _Tensors:

@@ -16,7 +16,7 @@ from flexgen.kernels.triton_support import compiling
 from flexgen.models.assemble import AssembledModel
 from flexgen.models.expert_sums import ExpertLayer, GroupedRows
 from flexgen.models.experts import expert_layer, scored_expert_layer
-from flexgen.models.tracing import is_experts, is_scored_experts
+from flexgen.models.weightless import is_experts, is_scored_experts
 from flexgen.weights.binder import encoded_places
 from flexgen.weights.encoded import EncodedNumbers
 from flexgen.weights.unit import DEVICE_ALIGNMENT, UnitForm, UnitLayout, UnitTensor

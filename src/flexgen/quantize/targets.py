@@ -17,7 +17,7 @@ from flexgen.formats.base import StoredTensor
 from flexgen.formats.flexgen_v0 import fits
 from flexgen.formats.linear_names import is_router
 from flexgen.formats.table import without_quantization
-from flexgen.models.tracing import is_experts, is_scored_experts
+from flexgen.models.weightless import is_experts, is_scored_experts
 from flexgen.quantize.settings import QuantizeSettings
 
 _WEIGHT = ".weight"
