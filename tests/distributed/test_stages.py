@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from flexgen.engine.choosing import Chooser
 
 from flexgen import LLM, SamplingParams, StageError, StructuredOutputsParams
 from flexgen.distributed.boundaries import LinkBoundary
+from flexgen.engine.choosing import Chooser
 from flexgen.errors import CapacityError, OptionError, UnsupportedModelError
 from flexgen.plan.workload import Workload
 from flexgen.request import TokenRequest, TokenResult
@@ -158,7 +158,7 @@ def test_an_error_of_a_stage_ends_the_run_and_names_it(novels_qwen3: Path, hubs:
     with LLM(novels_qwen3, dtype="float32", stages=2) as llm:
         llm.generate(PROMPTS[0], SamplingParams(max_tokens=2))
         monkeypatch.setattr(Chooser, "start", fail)
-        with pytest.raises(StageError, match="stage 1.*no memory for this"):
+        with pytest.raises(StageError, match=r"stage 1.*no memory for this"):
             llm.generate(PROMPTS, SamplingParams(max_tokens=4))
 
 

@@ -54,6 +54,9 @@ class ThreadChannel:
         self._frames.put(Frame(kind, json.loads(json.dumps(header)), [each.clone() for each in tensors]))
         self.on_arrival()
 
+    def holds(self, kind: str) -> bool:
+        return False
+
     def flush(self) -> None:
         self._hub.check()
 

@@ -18,11 +18,11 @@ class PassAbandoned(Exception):
     """The leader has closed the engine while a pass was on its way.
 
     Args:
-        frame: What came in place of hidden states.
+        frame: What came in place of hidden states; None if it has not been taken yet.
     """
 
-    def __init__(self, frame: Frame) -> None:
-        super().__init__(f"{frame.kind} instead of hidden states")
+    def __init__(self, frame: Frame | None) -> None:
+        super().__init__("a pass was given up")
         self.frame = frame
 
 

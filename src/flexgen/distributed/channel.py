@@ -183,6 +183,11 @@ class Receiver(End):
             self._changed.notify_all()
             return frame
 
+    def holds(self, kind: str) -> bool:
+        """Return whether a frame of this kind waits among those that have arrived."""
+        with self._changed:
+            return any(frame.kind == kind for frame, _ in self._inbox)
+
     def receive(self) -> Frame:
         """Wait for the next frame.
 

@@ -40,6 +40,7 @@ from flexgen.session.weights import in_weight_format
 
 logger = logging.getLogger(__name__)
 
+CLOSE = "close"
 _OWN_WAY = (PASS, HIDDEN, "end", TRACE)  # frames that do not reach the next stage as they are
 RESUMABLE = 75  # the exit code of a failure after which the same command goes on
 
@@ -66,9 +67,10 @@ class Stage:
         self._resources = contextlib.ExitStack()
         self._actions: Mapping[str, Callable[[Frame], None]] = {
             "describe": self._describe, "probe": self._probe, "ping": self._ping, "open": self._open, PASS: self._pass,
-            "figures": self._tell_figures, "close": self._close, "end": self._end, TRACE: self._hand_on, HIDDEN: self._leave_out,
+            "figures": self._tell_figures, CLOSE: self._close, "end": self._end, TRACE: self._hand_on, HIDDEN: self._leave_out,
         }  # fmt: skip
-        self._ended, self._ping_at = False, 0
+        self._ended = self._abandoned = False
+        self._ping_at = 0
         self._probes: list[float] = []
         self._rate = 0.0
 
@@ -144,7 +146,14 @@ class Stage:
         self._ranks.publish(f"opened/{number}/{self._ranks.rank}", {})
         logger.info("layers %d to %d are open", layers.start, layers.stop - 1)
 
+    def _check_wanted(self, unit: int) -> None:
+        """Give up a pass whose results nobody waits for, because the leader has closed the engine."""
+        if self._source.holds(CLOSE):
+            raise PassAbandoned(None)
+
     def _pass(self, frame: Frame) -> None:
+        if self._abandoned:  # the engine is about to be closed
+            return
         header = frame.header
         if self._next is not None:
             self._next.send(PASS, header | {"plan": for_next_stage(header["plan"])}, frame.tensors)
@@ -158,9 +167,11 @@ class Stage:
         boundary = LinkBoundary(number, len(plan.micro_batches), self._source, self._next)
         try:
             with torch.no_grad():
-                outputs, waits = runner.run(plan, boundary=boundary)
+                outputs, waits = runner.run(plan, self._check_wanted, boundary)
         except PassAbandoned as error:
-            self._act(error.frame)
+            self._abandoned = True
+            if error.frame is not None:
+                self._act(error.frame)
             return
         self._figures.add(time.perf_counter() - start, waits)
         if self._last is not None and self._results is not None:
@@ -172,7 +183,7 @@ class Stage:
             self._ranks.publish(f"figures/{frame.header['asked']}/{self._ranks.rank}", self._figures.message(self._runner))
 
     def _close(self, frame: Frame) -> None:
-        self._runner = self._last = None
+        self._runner, self._last, self._abandoned = None, None, False
         self._resources.close()
 
     def _hand_on(self, frame: Frame) -> None:
