@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from flexgen.distributed.channel import Frame
 
+from flexgen.distributed.channel import Frame
 from flexgen.errors import StageError
 from flexgen.options import EngineOptions
 from flexgen.session import stage_group

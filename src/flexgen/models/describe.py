@@ -136,7 +136,6 @@ def model_spec(
                 value_bytes_per_token=0 if sparse_attention is None else kv_format.value_bytes(geometry),
                 queries_per_key=1 if sparse_attention is None else _queries_per_key(members),
                 key_heads=1 if sparse_attention is None else geometry.key_heads,
-                layers=tuple(each.layer for each in members),
             )
             for geometry, members in by_geometry(units.trace.layers).items()
         ),
