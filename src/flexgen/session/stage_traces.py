@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ def send_trace(path: Path, rank: int, ping_at: int, to: Sender) -> None:
         path.unlink()
 
 
-def gather_traces(path: Path, ping_at: int, hop: int, source: Receiver, hosts: list[str]) -> None:
+def gather_traces(path: Path, ping_at: int, hop: int, source: Receiver, hosts: Sequence[str]) -> None:
     """Put the traces of the other stages into that of the first, each as a process of its own, with its times shifted to the first one's.
 
     Args:
