@@ -180,7 +180,7 @@ def plan(
         return _equal_lengths(lengths, context, options) if source is None else lengths_of(source, reading, model, options)
 
     with showing("auto"):
-        if pipeline.is_asked_for:
+        if pipeline.is_asked_for(options):
             told = plan_stages.told(model, options, machine, pipeline, workload_of, as_json=as_json)
         else:
             told = _told(model, options, machine, workload_of, pareto=pareto, as_json=as_json)

@@ -31,16 +31,13 @@ DEFAULT_LINK = "10Gbit,0.1ms"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pipeline:
-    """The flags of a plan for several machines."""
+    """The flags of a plan for several machines, besides --stages: so many like --machine, or like this one."""
 
     machines: Annotated[
         str | None,
         typer.Option(
             metavar="NAME|FILE,...", help="The machine of each stage, as for --machine, in order; t4-gcp*4 is four.", rich_help_panel=_PANEL
         ),
-    ] = None
-    stages: Annotated[
-        int | None, typer.Option(metavar="K", min=1, help="So many machines like --machine, or like this one.", rich_help_panel=_PANEL)
     ] = None
     link: Annotated[
         str | None,
@@ -51,11 +48,11 @@ class Pipeline:
         ),
     ] = None
 
-    @property
-    def is_asked_for(self) -> bool:
-        return self.machines is not None or self.stages is not None
+    def is_asked_for(self, options: EngineOptions) -> bool:
+        """Return whether the plan is one for several machines."""
+        return self.machines is not None or options.stages is not None
 
-    def names(self, machine: str | None) -> list[str | None]:
+    def names(self, machine: str | None, stages: int | None) -> list[str | None]:
         """Return the name of each stage's machine; None for this one.
 
         Raises:
@@ -64,12 +61,12 @@ class Pipeline:
         from flexgen.plan.known.machines import machine_names
 
         if self.machines is None:
-            return [machine] * (self.stages or 1)
+            return [machine] * (stages or 1)
         if machine is not None:
             raise OptionError("--machine is one machine and --machines are all stages: leave out one of them")
         names = machine_names(self.machines)
-        if self.stages not in (None, len(names)):
-            raise OptionError(f"--stages {self.stages}: --machines names {len(names)}; leave out --stages")
+        if stages not in (None, len(names)):
+            raise OptionError(f"--stages {stages}: --machines names {len(names)}; leave out --stages")
         return [*names]
 
 
@@ -79,7 +76,7 @@ def check(pipeline: Pipeline, options: EngineOptions, *, pareto: bool) -> None:
     Raises:
         OptionError: Something is asked for that is not.
     """
-    if not pipeline.is_asked_for:
+    if not pipeline.is_asked_for(options):
         if pipeline.link is not None:
             raise OptionError("--link is between stages: give --machines or --stages as well")
     elif pareto:
@@ -104,7 +101,7 @@ def told(
     from flexgen.report.stages import format_stages
 
     rate, latency = parse_link(pipeline.link or DEFAULT_LINK, name="--link")
-    names = pipeline.names(machine)
+    names = pipeline.names(machine, options.stages)
     known = {name: _limits_and_machine(options, name) for name in dict.fromkeys(names)}
     limits = {name: each for name, (each, _) in known.items()}
     device = next((each.device for each in limits.values() if has_device_tier(each.device)), "cpu")
