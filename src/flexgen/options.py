@@ -5,6 +5,7 @@ Sizes stay as the user wrote them; `solve` in plan/search/solve.py converts them
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     import torch
 
 DEVICES = ("auto", "cpu", "cuda", "sim")
+_GPU = re.compile(r"cuda:\d+")
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}  # the dtypes of computing, and the bytes of a number
 DTYPES = ("auto", *DTYPE_BYTES)
 KV_FORMATS = ("auto", "int8", "k8v4", "int4")
@@ -55,7 +57,8 @@ class EngineOptions:
     """The user's choices of where and how the model runs.
 
     Attributes:
-        device: Device that computes matrix products; "sim" is a strict simulation of an accelerator on the CPU, for tests.
+        device: Device that computes matrix products; "sim" is a strict simulation of an accelerator on the CPU, for tests.  Several, such as
+            "cuda:0,cuda:1", are one for each of as many `stages` of this machine; they become `devices`, and `device` is "cuda" then.
         dtype: Dtype of computing and of the KV cache; "auto" is that of the checkpoint, but never float16 on a CPU.
         device_mem: Hard budget of the process on the device, CUDA itself included; None for 90 % of the memory that is free on a GPU.
         host_mem: Hard budget of host memory for the whole process; None for 80 % of the memory that is free now.
@@ -79,6 +82,7 @@ class EngineOptions:
             at a time).
         prefix_sharing: Whether to compute common prefixes of prompts once.  Tokens do not change.
         stages: Machines, or devices of this one, that the model's layers are divided among (docs/distributed.md); None for one.
+        devices: The devices of the stages of this machine, as `device` gave them; None where it gave one.
         interface: Network interface, such as "eth1", on which stages listen; None for the loopback interface where this process starts the
             others, and for the one that the host's name leads to where torchrun does.
         max_request_seconds: Most seconds that a request may take from its first pass to its last, as predicted; None for no bound.
@@ -119,6 +123,7 @@ class EngineOptions:
     schedule: str = "auto"
     prefix_sharing: bool = True
     stages: int | None = None
+    devices: str | None = None
     interface: str | None = None
     max_request_seconds: float | None = None
     max_job_seconds: float | None = None
@@ -138,6 +143,7 @@ class EngineOptions:
     def __post_init__(self) -> None:
         for name, check in _CHECKS.items():
             object.__setattr__(self, name, check(name, getattr(self, name)))
+        self._divide_among_devices()
         self.check_placement(self.device)
         if self.prefill_tokens is not None and self.schedule not in ("auto", "diagonal"):
             raise OptionError(f"prefill_tokens has a meaning for schedule='diagonal' only, not for {self.schedule!r}")
@@ -152,6 +158,17 @@ class EngineOptions:
             raise OptionError(f"trace_passes={self.trace_passes!r} chooses the passes of a trace, and there is none: give trace= as well")
         if self.trust_remote_code:
             raise OptionError("trust_remote_code: flexgen runs no code from model folders")
+
+    def _divide_among_devices(self) -> None:
+        """Make stages of several devices."""
+        if "," in self.device:
+            object.__setattr__(self, "devices", self.device)
+            object.__setattr__(self, "device", "cuda")
+        if self.devices is not None:
+            count = len(self.devices.split(","))
+            if self.stages not in (None, count):
+                raise OptionError(f"stages={self.stages} on {count} devices ({self.devices}): one device for each is needed")
+            object.__setattr__(self, "stages", count)
 
     @property
     def kept_share(self) -> float | None:
@@ -202,6 +219,14 @@ class EngineOptions:
                 raise OptionError(f"{name}={shares!r}: on a CPU device there is no device tier; {there}")
 
 
+def _device(name: str, value: object) -> str:
+    """Return the name of a device, or those of several GPUs with commas between them."""
+    parts = value.replace(" ", "").split(",") if isinstance(value, str) else []
+    if len(parts) > 1 and len(set(parts)) == len(parts) and all(_GPU.fullmatch(part) for part in parts):
+        return ",".join(parts)
+    return one_of(name, value, known=DEVICES)
+
+
 def _format_names(name: str, given: object) -> str | None:
     """Return the names of ALLOWABLE_FORMATS that are given, each once, in the order of that table, as a text with commas."""
     listed = [given] if isinstance(given, str) else [] if given is None else as_list(given)
@@ -241,7 +266,7 @@ def _placement(name: str, value: object, *, homes: Sequence[str]) -> str | None:
 # By name: the value in the form that is kept.  A budget below its least is a typing mistake ("10" for "10GiB"): an interpreter with torch
 # takes more, a page of a ring no less.
 _CHECKS: Mapping[str, Callable[[str, object], Any]] = {
-    "device": partial(one_of, known=DEVICES),
+    "device": _device,
     "dtype": partial(one_of, known=DTYPES),
     "device_mem": partial(_budget, least_bytes=MIB),
     "host_mem": partial(_budget, least_bytes=64 * MIB, zero=False),
@@ -259,6 +284,7 @@ _CHECKS: Mapping[str, Callable[[str, object], Any]] = {
     "schedule": partial(one_of, known=SCHEDULES),
     "prefix_sharing": flag,
     "stages": partial(integer_or_none, least=1),
+    "devices": lambda name, value: None if value is None else _device(name, value),
     "interface": text_or_none,
     "max_request_seconds": seconds_or_none,
     "max_job_seconds": seconds_or_none,
@@ -298,6 +324,7 @@ class OptionKeywords(TypedDict, total=False):
     schedule: str
     prefix_sharing: bool
     stages: int | None
+    devices: str | None
     interface: str | None
     max_request_seconds: float | None
     max_job_seconds: float | None

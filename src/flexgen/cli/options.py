@@ -55,7 +55,7 @@ FLAGS: dict[str, tuple[str, str, str]] = {
     "host_mem": (_BUDGETS, "SIZE", "Memory of the whole process. Default: 80 % of what is free, limits of containers obeyed."),
     "disk": (_BUDGETS, "SIZE", "Room for spilled KV cache in the offload folder; 0 forbids spilling."),
     "offload_dir": (_BUDGETS, "DIR", "Folder for spilled KV cache. Default: a fresh one below the system's temporary folder."),
-    "device": (_PLACEMENT, "|".join(DEVICES), "Where matrix products run; sim is a stand-in for an accelerator, for tests."),
+    "device": (_PLACEMENT, "|".join(DEVICES), "Where matrix products run; cuda:0,cuda:1 are stages; sim is for tests."),
     "weights": (
         _PLACEMENT,
         "SHARES",

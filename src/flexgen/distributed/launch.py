@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import IO
 
 from flexgen.distributed.cores import OwnCores, cores_of_machine
+from flexgen.distributed.devices import VISIBLE, visible_name
 from flexgen.distributed.interfaces import address_of, listening_socket
 from flexgen.distributed.place import STORE_FD
 from flexgen.errors import OptionError, StageError
@@ -118,7 +119,7 @@ def start_followers(
         raise OptionError(f"{len(devices)} devices for {size} stages: one for each is needed")
     address = address_of(interface)
     common = dict(os.environ if environment is None else environment)
-    seen = [_visible(device, common) for device in devices]
+    seen = [visible_name(device, common) for device in devices]
     with listening_socket(address) as listener:
         places = {
             "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), "MASTER_ADDR": address, "MASTER_PORT": str(listener.getsockname()[1]),
@@ -129,7 +130,7 @@ def start_followers(
         for rank in range(1, size):
             theirs = {**common, **places, "RANK": str(rank), "LOCAL_RANK": str(rank), PARENT: str(os.getpid())}
             if devices and seen[rank] is not None:
-                theirs["CUDA_VISIBLE_DEVICES"] = str(seen[rank])
+                theirs[VISIBLE] = str(seen[rank])
             followers.start(rank, program, theirs)
         followers.divide_cores()
     except BaseException:
@@ -145,25 +146,6 @@ def end_with_parent(environment: Mapping[str, str]) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != int(environment[PARENT]):  # it had ended before
         os.kill(os.getpid(), signal.SIGKILL)
-
-
-def _visible(device: str, environment: Mapping[str, str]) -> str | None:
-    """Return the name under which CUDA_VISIBLE_DEVICES knows a device of this process; None for devices that it is not about.
-
-    Raises:
-        OptionError: The environment hides the device.
-    """
-    kind, _, index = device.partition(":")
-    if kind != "cuda":
-        return None
-    number = int(index) if index.isdecimal() else 0
-    shown = environment.get("CUDA_VISIBLE_DEVICES")
-    if shown is None:
-        return str(number)
-    names = [name.strip() for name in shown.split(",") if name.strip()]
-    if number >= len(names):
-        raise OptionError(f"device {device}: CUDA_VISIBLE_DEVICES={shown} shows {len(names)}")
-    return names[number]
 
 
 def _print_lines(rank: int, stream: IO[bytes]) -> None:

@@ -33,6 +33,7 @@ from flexgen.session.lookup import files_of
 from flexgen.session.model import ResolvedModel
 from flexgen.session.prepare import Described, describe
 from flexgen.session.stage_facts import stage_facts
+from flexgen.session.stage_device import see_own_device
 from flexgen.session.stage_group import JOB, PROBE_BYTES, PROBE_FRAMES
 from flexgen.session.stage_runner import open_stage
 from flexgen.session.stage_traces import TRACE, send_trace, trace_of_stage
@@ -229,6 +230,7 @@ def follow(ranks: Ranks, model: str, options: EngineOptions) -> int:
 
 def follow_leader(model: str, options: EngineOptions) -> int:
     """Serve as the stage that the environment names; see `follow`."""
+    see_own_device(options.devices)
     return follow(Ranks.join(os.environ, interface=options.interface), model, options)
 
 

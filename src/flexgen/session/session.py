@@ -103,6 +103,10 @@ class EngineSession:
         self.engine: PlannedEngine | StagedEngine | None = None
         self._formats: FormatChoice | None = None
         self._group: StageGroup | None = None  # the other stages, once they were needed
+        if has_stages(self.options) and (is_placed(os.environ) or self.options.devices is not None):
+            from flexgen.session.stage_device import see_own_device
+
+            see_own_device(self.options.devices)
         if has_stages(self.options) and is_placed(os.environ):
             self._join()  # the other ranks of torchrun wait
         self._planned = Workload(prompt_lens=(), output_lens=())  # the work that the engine was opened for

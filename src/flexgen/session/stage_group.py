@@ -53,7 +53,9 @@ def join_stages(found: ResolvedModel, num_stages: int) -> StageGroup:
         else:
             step(f"starting {num_stages - 1} more stages on this machine")
             interface = options.interface or LOOPBACK
-            followers = start_followers(num_stages, interface, program=(sys.executable, "-m", FOLLOWER))
+            followers = start_followers(
+                num_stages, interface, options.devices.split(",") if options.devices else (), program=(sys.executable, "-m", FOLLOWER)
+            )
             opened.callback(followers.close)
             ranks = Ranks.join(followers.environment, interface, while_waiting=followers.check)
             opened.push(ranks)
