@@ -32,8 +32,8 @@ from flexgen.plan.policy import Policy
 from flexgen.session.lookup import files_of
 from flexgen.session.model import ResolvedModel
 from flexgen.session.prepare import Described, describe
-from flexgen.session.stage_facts import stage_facts
 from flexgen.session.stage_device import see_own_device
+from flexgen.session.stage_facts import stage_facts
 from flexgen.session.stage_group import JOB, PROBE_BYTES, PROBE_FRAMES
 from flexgen.session.stage_runner import open_stage
 from flexgen.session.stage_traces import TRACE, send_trace, trace_of_stage
