@@ -57,8 +57,8 @@ class EngineOptions:
     """The user's choices of where and how the model runs.
 
     Attributes:
-        device: Device that computes matrix products; "sim" is a strict simulation of an accelerator on the CPU, for tests.  Several, such as
-            "cuda:0,cuda:1", are one for each of as many `stages` of this machine; they become `devices`, and `device` is "cuda" then.
+        device: Device that computes matrix products; "sim" is a strict simulation of an accelerator on the CPU, for tests.  Several,
+            such as "cuda:0,cuda:1", are one for each of as many `stages` of this machine; they become `devices`, and this is "cuda" then.
         dtype: Dtype of computing and of the KV cache; "auto" is that of the checkpoint, but never float16 on a CPU.
         device_mem: Hard budget of the process on the device, CUDA itself included; None for 90 % of the memory that is free on a GPU.
         host_mem: Hard budget of host memory for the whole process; None for 80 % of the memory that is free now.

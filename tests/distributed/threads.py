@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import queue
 import threading
@@ -21,6 +22,7 @@ from flexgen.session.follower import Stage
 from flexgen.session.lookup import files_of
 from flexgen.session.model import ResolvedModel
 from flexgen.session.stage_group import StageGroup
+from flexgen.session.stage_traces import trace_of_stage
 from flexgen.session.weights import in_weight_format
 
 TIMEOUT_SECONDS = 60.0
@@ -114,14 +116,15 @@ def follow(hub: Hub, rank: int, size: int, model: str, options: EngineOptions) -
     """Serve as a stage, as a process of its own would."""
     ranks: Any = ThreadRanks(hub, rank, size)
     try:
+        if options.trace is not None:
+            options = dataclasses.replace(options, trace=trace_of_stage(options.trace, rank))
         found = ResolvedModel(in_weight_format(files_of(model, options), options), options)
         found.check()
         Stage(found, ranks).run()
     except StageError:
         pass
-    except BaseException as error:
+    except Exception as error:  # noqa: BLE001  (as a process of its own, which the others hear of)
         ranks.abort(f"{type(error).__name__}: {error}")
-        raise
 
 
 @contextlib.contextmanager
