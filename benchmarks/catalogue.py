@@ -2,7 +2,8 @@
 
 python benchmarks/catalogue.py [NAME ...]
 
-Which layers a group of KV has is left out: plans for several machines spread them evenly. The sizes that follow from the configs are checked against published ones in tests/plan/test_catalogue.py.
+Which layers a group of KV has is left out: plans for several machines spread them evenly.
+The sizes that follow from the configs are checked against published ones in tests/plan/test_catalogue.py.
 """
 
 from __future__ import annotations
