@@ -77,7 +77,7 @@ def paper_rows() -> Iterator[str]:
     """One and four of the paper's machines, measured and planned, in tokens per second."""
     box, job = find_machine("t4-gcp"), job_of(PAPER_REQUESTS)
     for name in MEASURED_ON_FOUR:
-        one, four = (planned(catalogue_spec(name), box, number, job, PAPER_LINK, hasty=False) for number in (1, 4))
+        one, four = (planned(catalogue_spec(name), box, number, job, PAPER_LINK, hasty=True) for number in (1, 4))
         measured = MEASURED_TOKENS_PER_S[name], MEASURED_ON_FOUR[name]
         rates = one.forecast.output_tokens_per_s, four.forecast.output_tokens_per_s
         yield row(

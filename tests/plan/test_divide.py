@@ -49,27 +49,27 @@ def problem_of(seed, number):
     return (options, instance.spec, machines, limits, instance.workload), {"process_bytes": [PROCESS_BYTES] * number}
 
 
-@pytest.mark.matrix(6)
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.matrix(4)
+@pytest.mark.parametrize("seed", [*range(40)])
 def test_no_cut_is_faster(seed):
     """Every cut by itself, with what is best for it, on machines of which only some are alike."""
     number = 2 + seed % 2
     job, given = problem_of(seed, number)
     layers = num_layers_of(job[1])
-    if not number < layers < 8:
+    if not number < layers < 7:
         pytest.skip("too many cuts, or one")
     link = LinkRate(bytes_per_s=1e8, latency_s=1e-3)
     others = []
     for inner in itertools.combinations(range(1, layers), number - 1):
         try:
-            others.append(divide(*job, **given, link=link, cut_points=inner))
+            others.append(divide(*job, **given, link=link, cut_points=inner, hasty=True))
         except CapacityError:
             continue
     if not others:
         with pytest.raises(CapacityError, match="stage "):
             divide(*job, **given, link=link)
         return
-    found = divide(*job, **given, link=link)
+    found = divide(*job, **given, link=link, hasty=True)
     refused = min(other.forecast.num_refused for other in others)
     assert found.forecast.num_refused <= refused
     best = min(other.forecast.seconds for other in others if other.forecast.num_refused == refused)

@@ -244,7 +244,8 @@ class ModelSpec:
                 kind.setdefault(_IN_INT8, 0.0)
             fields = {_KV_FORMAT: None, _SPARSE: None, _DECODED_FROM: {}, _OPERATIONS: 0, _EXPERTS: 0} | fields
             for group in fields.get("kv_groups", ()):
-                for name, default in (_OF_SPARSE | dict.fromkeys(_LOW_BIT, 0) | {_LAYERS: []}).items():
+                group.setdefault(_LAYERS, [])
+                for name, default in (_OF_SPARSE | dict.fromkeys(_LOW_BIT, 0)).items():
                     group.setdefault(name, default)
             units = _unpacked(dataclass_from_json(_PackedUnits, packed, "model"))
             return dataclasses.replace(dataclass_from_json(cls, fields | {"units": []}, "model"), units=units)

@@ -80,12 +80,13 @@ class Search:
     Args:
         space: The space of policies.
         patience: How many times the usual effort a search may spend.
+        known: Points to begin with, such as those that are good in similar spaces.
     """
 
-    def __init__(self, space: Space, *, patience: float = 1.0) -> None:
+    def __init__(self, space: Space, *, patience: float = 1.0, known: Iterable[Point] = ()) -> None:
         self.space, self.player = space, Player(space)
         self._patience = patience
-        self._found: dict[Point, None] = {}
+        self._found: dict[Point, None] = dict.fromkeys(known)
         self._mean, self._solved = functools.cache(self._mean_load), functools.cache(self._solve)
 
     def best(self, bounds: Bounds) -> Solution:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from flexgen.base.quantities import GIB
 from flexgen.options import TIERS, EngineOptions
@@ -14,6 +14,7 @@ from flexgen.plan.play.answer_lengths import expected
 from flexgen.plan.search.evaluate import Bounds, Player
 from flexgen.plan.search.moves import wander
 from flexgen.plan.search.optimise import Search, Solution
+from flexgen.plan.search.point import Point
 from flexgen.plan.search.space import Space
 from flexgen.plan.workload import Workload
 
@@ -23,14 +24,18 @@ PROMISE, EFFORT = 0.01, 6_000
 NOMINAL_WORKLOAD = Workload(prompt_lens=(512,) * 256, output_lens=(128,) * 256)
 
 
-def solve(space: Space) -> Solution:
+def solve(space: Space, *, known: Iterable[Point] = ()) -> Solution:
     """Return the best policy within the bounds of the space's options, and its expected times.
+
+    Args:
+        space: The space of policies.
+        known: Points to begin with.
 
     Raises:
         CapacityError: The job does not fit (the message says what is missing and what to change), or it takes longer than it may.
     """
     bounds = Bounds(request_seconds=space.options.max_request_seconds, job_seconds=space.options.max_job_seconds)
-    found = Search(space).best(bounds)
+    found = Search(space, known=known).best(bounds)
     return dataclasses.replace(found, gain_per_gib=memory_gains(space, found, bounds))
 
 

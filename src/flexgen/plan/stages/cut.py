@@ -14,7 +14,7 @@ def best_cut(cost: Callable[[int, range], Cost], edges: Sequence[int], begin: La
     """Return the cut whose dearest stage costs least; `begin` where none is better.
 
     Each round asks for a cut all of whose stages cost less than the dearest of the best so far. The first stages that are as long as that
-    allows leave the fewest layers to the others, so there is none unless these lead to one.
+    allows leave the fewest layers to the others; they are shorter only where a later one could not take a single layer.
 
     Args:
         cost: The cost of a stage, by its number, with these layers. More layers never cost less.
@@ -42,23 +42,39 @@ def dearest(cost: Callable[[int, range], Cost], cut: Layers) -> Cost:
 
 def _below(limit: Cost, cost: Callable[[int, range], Cost], edges: Sequence[int], near: Layers) -> Layers | None:
     """Return a cut whose stages all cost less, or None where there is none."""
-    found: list[range] = []
-    first, last = 0, len(edges) - 1
-    for stage, like in enumerate(near):
-        most = last - (len(near) - 1 - stage)  # each of the stages after it has a layer at least
+    last = len(edges) - 1
+    stuck: set[tuple[int, int]] = set()
 
-        def costs_less(end: int, stage: int = stage, first: int = first) -> bool:
-            return cost(stage, range(edges[first], edges[end])) < limit
+    def filled(stage: int, first: int) -> Layers | None:
+        """Return the stages from this one on; None where one of them has no layer that costs less, so that those before must end earlier.
 
+        Raises:
+            _TooMuchIsLeft: The last stage costs too much, and would cost more if those before ended earlier.
+        """
         if stage == len(near) - 1:
-            end = last if costs_less(last) else first
-        else:
-            end = _furthest(costs_less, first, most, first + edges.index(like.stop) - edges.index(like.start))
-        if end == first:
-            return None
-        found.append(range(edges[first], edges[end]))
-        first = end
-    return tuple(found)
+            rest = range(edges[first], edges[last])
+            if cost(stage, rest) >= limit:
+                raise _TooMuchIsLeft
+            return (rest,)
+        most = last - (len(near) - 1 - stage)  # each of the stages after it has a layer at least
+        like = first + edges.index(near[stage].stop) - edges.index(near[stage].start)
+        furthest = _furthest(lambda end: cost(stage, range(edges[first], edges[end])) < limit, first, most, like)
+        for end in range(furthest, first, -1):
+            if (stage + 1, end) not in stuck:
+                others = filled(stage + 1, end)
+                if others is not None:
+                    return (range(edges[first], edges[end]), *others)
+                stuck.add((stage + 1, end))
+        return None
+
+    try:
+        return filled(0, 0)
+    except _TooMuchIsLeft:
+        return None
+
+
+class _TooMuchIsLeft(Exception):
+    """No cut costs less: the first stages are as long as they may be."""
 
 
 def _furthest(holds: Callable[[int], bool], low: int, high: int, near: int) -> int:

@@ -197,7 +197,7 @@ def _chosen(search: StageSearch, edges: Sequence[int], bounds: Bounds, *, hasty:
             break
         cost, cut = _cut_for(search, edges, common, cut)
         while cost == NO_PLAN and common.max_num_seqs > 1:
-            common = common.quartered()
+            common = common.halved()
             cost, cut = _cut_for(search, edges, common, cut)
         found[common] = cost, cut
         costs = [search.cost(stage, layers, common) for stage, layers in enumerate(cut)]

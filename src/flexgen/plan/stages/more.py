@@ -44,9 +44,11 @@ def one_more(
     """
     slowest = max(range(len(machines)), key=lambda stage: plan.stages[stage].busy_share)
     places = [*range(slowest + 1), *range(slowest, len(machines))]
-    more = [[each[place] for place in places] for each in (machines, limits, process_bytes)]
     try:
-        other = divide(options, spec, more[0], more[1], workload, process_bytes=more[2], link=plan.link, cut_points=cut_points, hasty=True)
+        other = divide(
+            options, spec, [machines[place] for place in places], [limits[place] for place in places], workload,
+            process_bytes=[process_bytes[place] for place in places], link=plan.link, cut_points=cut_points, hasty=True,
+        )  # fmt: skip
     except (CapacityError, OptionError):
         return None
     return OneMore(like=machines[slowest].name, speedup=plan.forecast.seconds / max(other.forecast.seconds, 1e-9))

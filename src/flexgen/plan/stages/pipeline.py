@@ -1,7 +1,7 @@
 """A pipeline over time: blocks of sequences that go through stages and links, pass after pass.
 
 Every stage computes one pass at a time and every link carries one, in the same order. A block's next pass begins when its tokens have come
-back to the first stage. `play` goes through all of it; `estimate` is what that amounts to where all passes are alike.
+back to the first stage.
 """
 
 from __future__ import annotations
@@ -76,13 +76,6 @@ class Played:
     seconds: float
     starts: Floats
     ends: Floats
-
-
-def estimate(times: PassTimes, num_blocks: int) -> float:
-    """Return about the seconds of a job in so many blocks: rounds, and the trip of the last pass behind those of all other blocks."""
-    if not times.num_passes:
-        return 0.0
-    return float(times.rounds(num_blocks)[:-1].sum() + times.trips[-1] + (num_blocks - 1) * times.slowest[-1])
 
 
 def play(times: PassTimes, num_blocks: int) -> Played:

@@ -13,6 +13,7 @@ from flexgen.plan.model import ModelSpec
 from flexgen.plan.policy import Policy
 from flexgen.plan.search.evaluate import Bounds
 from flexgen.plan.search.optimise import Search, Solution
+from flexgen.plan.search.point import Point
 from flexgen.plan.search.solve import NOMINAL_WORKLOAD, solve, space_of
 from flexgen.plan.search.space import Space
 from flexgen.plan.stages.cut import Cost
@@ -21,8 +22,8 @@ from flexgen.plan.stages.spec import num_layers_of, stage_spec
 from flexgen.plan.tell.forecast import Plan, forecast
 from flexgen.plan.workload import Workload
 
-# The share of the usual effort of a search with which stages are compared: only their placements are free.
-COMPARING = 0.05
+# The share of the usual effort of a search with which stages are compared: only their placements are free, and a good one is known.
+COMPARING = 0.1
 NO_PLAN: Cost = (float("inf"), float("inf"))
 
 
@@ -52,10 +53,14 @@ class Common:
             micro_batch_tokens=policy.micro_batch_tokens,
         )
 
-    def quartered(self) -> Common:
-        """Return the same for a quarter of the sequences."""
-        quota = self.prefill_tokens and max(self.prefill_tokens // 4, 1)
-        return dataclasses.replace(self, max_num_seqs=max(self.max_num_seqs // 4, 1), prefill_tokens=quota)
+    def at(self, point: Point) -> Point:
+        """Return the point that does this, with the homes of another."""
+        return dataclasses.replace(point, schedule=self.schedule, micro_batch_tokens=self.micro_batch_tokens)
+
+    def halved(self) -> Common:
+        """Return the same for half of the sequences."""
+        quota = self.prefill_tokens and max(self.prefill_tokens // 2, 1)
+        return dataclasses.replace(self, max_num_seqs=max(self.max_num_seqs // 2, 1), prefill_tokens=quota)
 
 
 def block_of(workload: Workload, num_blocks: int) -> Workload:
@@ -106,6 +111,7 @@ class StageSearch:
         self._signature_of: dict[range, int] = {}
         self._found: dict[tuple[int, int, Common], Solution | None] = {}
         self._rates: dict[tuple[int, int], float] = {}
+        self._points: dict[Point, None] = {}
         self._plans: dict[tuple[int, int, Common], Plan] = {}
 
     def _options_of(self, options: EngineOptions, device: str) -> EngineOptions:
@@ -152,7 +158,9 @@ class StageSearch:
         """
         space = self._space(stage, layers, None)
         search = Search(space) if patience is None else Search(space, patience=patience)
-        return Common.of(search.best(bounds).policy)
+        found = search.best(bounds)
+        self._points[found.point] = None  # where other stages are likely to be good, too
+        return Common.of(found.policy)
 
     def cost(self, stage: int, layers: range, common: Common) -> Cost:
         """Return the share of a block's requests that can never fit a stage, and the seconds of its passes there."""
@@ -164,7 +172,9 @@ class StageSearch:
         key = (self._alike[stage], self._signature(layers), common)
         if key not in self._found:
             try:
-                self._found[key] = Search(self._space(stage, layers, common), patience=COMPARING).best(Bounds())
+                space = self._space(stage, layers, common)
+                known = (common.at(point) for point in self._points)
+                self._found[key] = Search(space, patience=COMPARING, known=known).best(Bounds())
             except CapacityError:
                 self._found[key] = None
         return self._found[key]
@@ -184,9 +194,9 @@ class StageSearch:
         key = (self._alike[stage], self._signature(layers), common)
         machine, limits, process_bytes = self.machines[stage], self.limits[stage], self._process_bytes[stage]
         if key not in self._plans:
-            space, found = self._space(stage, layers, common, waiting=False), self.found(stage, layers, common) if hasty else None
+            space, found = self._space(stage, layers, common, waiting=False), self.found(stage, layers, common)
             try:
-                solution = found or solve(space)
+                solution = found if found is not None and hasty else solve(space, known=[] if found is None else [found.point])
             except CapacityError as error:
                 raise CapacityError(f"{self.name(stage, layers)}: {error}") from error
             told = forecast(solution, space.spec, machine, limits, self._block, process_bytes=process_bytes)

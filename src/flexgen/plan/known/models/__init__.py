@@ -21,6 +21,7 @@ _SAME_NUMBERS = {
     "meta-llama/llama-3.1-8b-instruct": "llama-3.1-8b",
     "meta-llama/llama-3.1-70b-instruct": "llama-3.1-70b",
     "meta-llama/llama-3.3-70b-instruct": "llama-3.1-70b",
+    "meta-llama/llama-3.1-405b-instruct": "llama-3.1-405b",
     "meta-llama/llama-3.2-1b-instruct": "llama-3.2-1b",
     "meta-llama/llama-3.2-3b-instruct": "llama-3.2-3b",
     "mistralai/mixtral-8x7b-instruct-v0.1": "mixtral-8x7b",
