@@ -7,6 +7,8 @@ from collections.abc import Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from flexgen.distributed.place import Place
+
 _NODES = Path("/sys/devices/system/node")
 _CORES = Path("/sys/devices/system/cpu")
 
@@ -47,6 +49,16 @@ def cores_of_machine(size: int) -> list[set[int]]:
     cores = os.sched_getaffinity(0)
     siblings = [_listed(_CORES / f"cpu{core}" / "topology" / "thread_siblings_list") for core in sorted(cores)]
     return divide_cores(cores, [node for node in nodes if node & cores], siblings, size)
+
+
+def own_cores(place: Place) -> OwnCores | None:
+    """Keep this process on its share of the cores of its machine, until that is closed; None where it has the machine, or cores, of its own.
+
+    torchrun starts all processes of a machine alike; whoever has given them cores has divided these already.
+    """
+    if place.local_size == 1 or len(os.sched_getaffinity(0)) < (os.cpu_count() or 1):
+        return None
+    return OwnCores(cores_of_machine(place.local_size)[place.local_rank])
 
 
 class OwnCores:

@@ -27,6 +27,8 @@ SHOWN_SPEEDUP = 0.1  # what a resource is worth is shown for a rate that is fast
 
 def format_plan(plan: Plan) -> str:
     """Return the plan as text: where bytes will live, what a pass will carry, and the forecast."""
+    if plan.told is not None:
+        return plan.told
     policy, spec = plan.policy, plan.spec
     staging = policy.host_ring_bytes + policy.device_ring_bytes
     encoded = plan.forecast.memory_bytes["host"].get(ENCODED, 0)

@@ -19,11 +19,13 @@ from flexgen.base.from_json import dataclass_from_json
 from flexgen.distributed.agreement import check_agreement
 from flexgen.distributed.boundaries import HIDDEN, LinkBoundary, PassAbandoned
 from flexgen.distributed.channel import Frame
+from flexgen.distributed.cores import own_cores
 from flexgen.distributed.figures import StageFigures
 from flexgen.distributed.last_stage import LastStage
 from flexgen.distributed.launch import end_with_parent
 from flexgen.distributed.leader import PASS, RESULT
 from flexgen.distributed.messages import for_next_stage, read_plan
+from flexgen.distributed.place import place_of
 from flexgen.distributed.ranks import Ranks
 from flexgen.engine.runner import ModelRunner
 from flexgen.errors import EngineError, FlexGenError, StageError
@@ -230,6 +232,7 @@ def follow(ranks: Ranks, model: str, options: EngineOptions) -> int:
 
 def follow_leader(model: str, options: EngineOptions) -> int:
     """Serve as the stage that the environment names; see `follow`."""
+    own_cores(place_of(os.environ))
     see_own_device(options.devices)
     return follow(Ranks.join(os.environ, interface=options.interface), model, options)
 

@@ -20,8 +20,9 @@ from flexgen.base.quantities import MIB
 from flexgen.base.steps import step
 from flexgen.distributed.agreement import check_agreement
 from flexgen.distributed.channel import Receiver, Sender
+from flexgen.distributed.cores import own_cores
 from flexgen.distributed.launch import start_followers
-from flexgen.distributed.place import is_placed
+from flexgen.distributed.place import is_placed, place_of
 from flexgen.distributed.ranks import Ranks
 from flexgen.errors import OptionError, StageError
 from flexgen.session.model import ResolvedModel
@@ -46,6 +47,8 @@ def join_stages(found: ResolvedModel, num_stages: int) -> StageGroup:
     options = found.options
     with contextlib.ExitStack() as opened:
         if is_placed(os.environ):
+            if (cores := own_cores(place_of(os.environ))) is not None:
+                opened.callback(cores.close)
             ranks = Ranks.join(os.environ, options.interface)
             opened.push(ranks)
             if ranks.size != num_stages:

@@ -27,6 +27,7 @@ from flexgen.plan.tell.remaining import RemainingTime
 from flexgen.plan.workload import Workload
 from flexgen.report.progress import Progress, RunReport, StageReport
 from flexgen.report.report import RunContext, make_report
+from flexgen.report.stages import format_stages
 from flexgen.request import PartialAnswer, TokenRequest, TokenResult
 from flexgen.session.model import ResolvedModel
 from flexgen.session.prepare import Described, describe
@@ -70,7 +71,7 @@ class StagedEngine:
             self._number, group.num_opened = group.num_opened, group.num_opened + 1
             resources.callback(here.discard)
             first = self.stages.stages[0]
-            self.plan = dataclasses.replace(first.plan, forecast=self.stages.forecast)
+            self.plan = _as_one(self.stages)
             step("loading weights")
             start = time.perf_counter()
             group.tell("open", {"number": self._number, "stages": [_stage_message(each) for each in self.stages.stages]})
@@ -103,7 +104,7 @@ class StagedEngine:
         """Set the work that comes next, and forecast it if it differs from the work expected so far."""
         if workload != self._workload:
             self.stages, self._workload = again(self.stages, workload), workload
-            self.plan = dataclasses.replace(self.plan, forecast=self.stages.forecast)
+            self.plan = _as_one(self.stages)
 
     def generate(
         self,
@@ -210,4 +211,9 @@ def plan_only(found: ResolvedModel, options: EngineOptions, workload: Workload, 
     """Return the plan of the first stage, with the forecast of all; no weights are read."""
     here, stages = plan_stages(found, options, workload, group)
     here.discard()
-    return dataclasses.replace(stages.stages[0].plan, forecast=stages.forecast)
+    return _as_one(stages)
+
+
+def _as_one(stages: StagesPlan) -> Plan:
+    """Return the plan of the first stage with the forecast of all, which is told in the words of all."""
+    return dataclasses.replace(stages.stages[0].plan, forecast=stages.forecast, told=format_stages(stages, None))

@@ -96,6 +96,7 @@ class Plan:
         policy: The policy.
         forecast: What is expected of it.
         formats: The choice of the formats of weights and KV; None where there was none.
+        told: The plan in words where it is that of one stage of several, and the words are about all; None otherwise.
     """
 
     spec: ModelSpec
@@ -103,6 +104,7 @@ class Plan:
     policy: Policy
     forecast: Forecast
     formats: FormatChoice | None = None
+    told: str | None = None
 
 
 def make_plan(options: EngineOptions, spec: ModelSpec, machine: Machine, limits: Limits, workload: Workload, *, process_bytes: int) -> Plan:
