@@ -52,7 +52,7 @@ def cores_of_machine(size: int) -> list[set[int]]:
 
 
 def own_cores(place: Place) -> OwnCores | None:
-    """Keep this process on its share of the cores of its machine, until that is closed; None where it has the machine, or cores, of its own.
+    """Keep this process on its share of the cores of its machine until that is closed; None where it has a machine, or cores, of its own.
 
     torchrun starts all processes of a machine alike; whoever has given them cores has divided these already.
     """
