@@ -67,7 +67,7 @@ class StageWorkshop(Workshop):
     def try_rank(self, kind: str, numbers: random.Random) -> StageTrial:
         """Strike one rank of a job at a random time, and let the job go on in peace."""
         job = self.new_folder()
-        rank, after = numbers.randrange(NUM_STAGES), numbers.uniform(0, 2.5) * self.seconds
+        rank, after = numbers.randrange(NUM_STAGES), numbers.uniform(0, 1.6) * self.seconds
         port = _free_port()
         start = time.monotonic()
         pids = [self._fork(lambda each=each: self._rank(job, each, port)) for each in range(NUM_STAGES)]  # type: ignore[misc]
