@@ -38,7 +38,7 @@ FLOORS = (
     {"api"},
     {"tables"},
     {"llm"},
-    {"jobs", "bench"},
+    {"jobs", "bench", "ray_data"},
     {"evaluation"},
     {"cli"},
     {"__init__", "__main__"},
