@@ -86,7 +86,10 @@ def main(model: str, folder: Path, short: str) -> None:
     sys.path.insert(0, str(ROOT / "examples"))
     import ray_parquet
 
-    ray.init(address="local", num_cpus=CPUS, include_dashboard=False, log_to_driver=False, object_store_memory=100 << 20, _temp_dir=short)
+    ray.init(
+        address="local", num_cpus=CPUS, include_dashboard=False, log_to_driver=False, object_store_memory=100 << 20,
+        _temp_dir=short, _node_ip_address="127.0.0.1",
+    )  # fmt: skip
     ray.data.DataContext.get_current().enable_progress_bars = False
     table = pa.table(json.loads((folder / "rows.json").read_text()))
     constructor = {"model": model, "prompt": "{text}", "sampling_params": GREEDY, "dtype": "float32"}

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import secrets
 import subprocess
 import sys
 import tempfile
@@ -53,7 +54,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def seen(folder: Path, novels_opt: Path, kept_rates: None) -> dict[str, Any]:
     """What the program has seen."""
     env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    env |= {"RAY_USAGE_STATS_ENABLED": "0", "PYTHONPATH": str(ROOT / "src"), "RAY_prestart_worker_first_driver": "0"}
+    env |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_prestart_worker_first_driver": "0", "PYTHONPATH": str(ROOT / "src")}
+    env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}  # of this run; Ray would keep its own below the home folder
     with tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as short:  # names of sockets have few letters
         command = [sys.executable, str(PROGRAM), str(novels_opt), str(folder), short]
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=env, timeout=600)

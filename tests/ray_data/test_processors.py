@@ -17,7 +17,8 @@ HOLDER = """
 import sys
 from flexgen.ray_data import processors
 processors.NAME = sys.argv[1]
-print(sorted(processors.OwnProcessors(1).numbers), flush=True)
+own = processors.OwnProcessors(1)
+print(sorted(own.numbers), flush=True)
 sys.stdin.read()
 """
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 NAME = "flexgen-processor"  # of the sockets; a zero byte before it says that no file stands for them
 
+
 class OwnProcessors:
     """Processors that this process runs on, as long as it is open.
 
