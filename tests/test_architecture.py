@@ -39,7 +39,7 @@ FLOORS = (
     {"api"},
     {"tables"},
     {"llm"},
-    {"jobs", "bench"},
+    {"jobs", "bench", "ray_data"},
     {"evaluation"},
     {"cli"},
     {"__init__", "__main__"},

@@ -28,7 +28,7 @@ from flexgen.session.lookup import files_of
 from flexgen.session.model import ResolvedModel
 from flexgen.session.served import ServedModel
 from flexgen.session.weights import in_weight_format
-from flexgen.tables.in_memory import MapKeywords, make_task, map_frame
+from flexgen.tables.in_memory import FrameMap, MapKeywords, make_task
 from flexgen.text.choices import Choice
 from flexgen.text.common_prefixes import NO_PREFIXES, CommonPrefixes
 from flexgen.text.defaults import default_sampling_params, unsupported_defaults
@@ -216,7 +216,7 @@ class LLM:
     def map(
         self,
         table: _Table,
-        prompt: str,
+        prompt: str | None = None,
         *,
         examples: Any = None,
         chat: bool | None = None,
@@ -229,15 +229,16 @@ class LLM:
         A row that cannot be answered has the reason in the column of errors, and stops no other.
 
         Args:
-            table: A DataFrame of pandas or polars, or a Table of pyarrow.
-            prompt: The template of the prompt, with `{name}` for the value of a column, or Jinja.
+            table: A DataFrame of pandas or polars, a Table of pyarrow, or a dict of numpy's arrays.
+            prompt: The template of the prompt, with `{name}` for the value of a column, or Jinja; None where `messages` names a column of
+                conversations.
             examples: Labelled examples: a table of the same kind or a list of dicts, with the column of the answer too.
             chat: Whether prompts are messages; None for messages where the model has a chat template.
             sampling_params: The sampling parameters of generated answers; None is greedy, with at most 128 tokens, and up to the end of the
                 line after prompts that are text.
             use_tqdm: See `generate`.
-            **keywords: What may be answered, and what the columns are called: `system`, `template`, `choices`, `schema`, `regex`,
-                `probabilities`, `raw`, `answer_column`, `error_column`.
+            **keywords: What is asked and may be answered, and what the columns are called: `messages`, `system`, `template`, `choices`,
+                `schema`, `regex`, `probabilities`, `raw`, `finish_reason`, `token_counts`, `answer_column`, `error_column`.
 
         Raises:
             OptionError: A column is missing or would be overwritten, the keywords contradict each other, or no answer can follow the schema
@@ -245,7 +246,7 @@ class LLM:
             CapacityError: The work does not fit the budgets.
         """
         task = make_task(prompt, keywords)
-        return map_frame(self, table, task, examples=examples, chat=chat, params=sampling_params, use_tqdm=use_tqdm)
+        return FrameMap(self, task, examples=examples, chat=chat, params=sampling_params)(table, use_tqdm=use_tqdm)
 
     def get_tokenizer(self) -> PreTrainedTokenizerBase:
         """Return the Hugging Face tokenizer.

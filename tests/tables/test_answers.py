@@ -118,3 +118,42 @@ def test_a_task_through_json() -> None:
         assert Task.from_json(json.loads(json.dumps(task.to_json()))) == task
     with pytest.raises(OptionError, match="unknown keys: more"):
         Task.from_json({**Task(prompt="{t}").to_json(), "more": 1})
+
+
+def test_how_answers_came_about() -> None:
+    usage = {"prompt_tokens": 7, "completion_tokens": 2, "total_tokens": 9}
+    task = Task(prompt="{t}", finish_reason=True, token_counts=True, answer_column="a")
+    names = ["a", "a_finish_reason", "a_prompt_tokens", "a_completion_tokens", "error"]
+    assert [column.name for column in task.columns] == names
+    found = Answers(task).values({**said("yes", "length"), "usage": usage})
+    assert list(found.values()) == ["yes", "length", 7, 2, None]
+    failed = Answers(task).values({"error": {"message": "too long"}})
+    assert [failed[name] for name in names] == [None, None, None, None, "too long"]
+    cut = Answers(Task(prompt="{t}", schema={"type": "integer"}, finish_reason=True)).values(said("[1", "length"))
+    assert cut["answer_finish_reason"] == "length"
+    assert "more tokens may help" in cut["error"]
+
+
+def test_a_task_of_an_earlier_job() -> None:
+    kept = Task(prompt="{t}").to_json()
+    for later in ("messages", "finish_reason", "token_counts"):
+        del kept[later]
+    assert Task.from_json(kept) == Task(prompt="{t}")
+    with pytest.raises(OptionError, match="missing keys: raw"):
+        Task.from_json({name: value for name, value in kept.items() if name != "raw"})
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"prompt": "{t}", "messages": "chat"}, "prompt and messages both"),
+        ({"messages": ""}, "messages must be the name of a column"),
+        ({"messages": "chat", "system": "Be kind."}, "system: conversations of a column"),
+        ({}, "prompt: '' names no column"),
+        ({"prompt": "{t}", "choices": ("a", "b"), "finish_reason": True}, "finish_reason is that of generated answers"),
+        ({"prompt": "{t}", "finish_reason": True, "error_column": "answer_finish_reason"}, "two columns of the result"),
+    ],
+)
+def test_what_is_asked_must_be_plain(fields: dict[str, Any], said: str) -> None:
+    with pytest.raises(OptionError, match=said):
+        Task(**fields)

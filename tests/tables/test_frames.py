@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
@@ -61,7 +62,14 @@ def test_polars() -> None:
         Frame(table.lazy())
 
 
-@pytest.mark.parametrize("given", [[{"text": "a"}], {"text": ["a"]}, "reviews.csv", None])
+def test_arrays_in_cells_of_pandas() -> None:
+    """pandas reads the lists of a Parquet file as arrays of numpy."""
+    pandas = pytest.importorskip("pandas")
+    cells = [np.array(["a", "b"], dtype=object), np.array([{"n": np.array([1, 2])}], dtype=object), None]
+    assert Frame(pandas.DataFrame({"tags": cells})).rows(["tags"]) == [{"tags": ["a", "b"]}, {"tags": [{"n": [1, 2]}]}, {"tags": None}]
+
+
+@pytest.mark.parametrize("given", [[{"text": "a"}], "reviews.csv", None])
 def test_what_is_no_frame(given: object) -> None:
-    with pytest.raises(OptionError, match=r"known: pandas\.DataFrame, polars\.DataFrame, pyarrow\.Table"):
+    with pytest.raises(OptionError, match=r"known: pandas\.DataFrame, polars\.DataFrame, pyarrow\.Table, dict of numpy arrays"):
         Frame(given)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from fakes import FakeEngine, fake_text
@@ -156,3 +159,51 @@ def test_parameters_that_no_row_can_have(llm: LLM, params: dict[str, Any], keywo
 def test_no_rows(llm: LLM, scorers: list[FakeEngine]) -> None:
     found = llm.map(pa.table({"t": pa.array([], pa.string())}), "{t}")
     assert (found.column_names, found.num_rows, scorers) == (["t", "answer", "error"], 0, [])
+
+
+def test_dicts_of_arrays_are_answered_as_tables_are(llm: LLM) -> None:
+    table = pa.table({"id": [7, 8, 9], "text": ["abc", "x" * 100, None], "tags": [["a"], [], ["b", "c"]]})
+    arrays = {name: table.column(name).to_numpy() for name in table.column_names}
+    keywords: dict[str, Any] = {"sampling_params": GREEDY, "finish_reason": True, "token_counts": True}
+    found, wanted = (llm.map(given, "{text}{tags}", **keywords) for given in (arrays, table))
+    assert list(found) == wanted.column_names
+    assert all(found[name] is arrays[name] for name in arrays)
+    added = wanted.column_names[3:]
+    assert {name: found[name].tolist() for name in added} == {name: wanted.column(name).to_pylist() for name in added}
+    assert wanted.column("answer").to_pylist() == [fake_text('abc["a"]', 4), None, fake_text('["b", "c"]', 4)]
+
+
+TEMPLATE = "{% for m in messages %}{{ m.role[0] }}{{ m.content }};{% endfor %}"
+HELLO = [{"role": "user", "content": "hello"}]
+TALK = [{"role": "system", "content": "be"}, *HELLO]
+
+
+def test_conversations_of_a_column(model_folder: Path, scorers: list[FakeEngine]) -> None:
+    pandas = pytest.importorskip("pandas")
+    bad = [None, "hello", "[1", [], [{"role": "user"}], '[{"role": "user", "content": "\\ud800"}]']
+    talks = [HELLO, json.dumps(TALK), np.array(HELLO, dtype=object), *bad]
+    with LLM(model_folder, chat_template=TEMPLATE) as llm:
+        frame = pandas.DataFrame({"chat": pandas.Series(talks, dtype=object)})
+        found = llm.map(frame, messages="chat", sampling_params=GREEDY)
+        scored = llm.map(frame[:1], messages="chat", choices=["a", "b"])
+    answers = [fake_text(prompt, 4) for prompt in ("uhello;", "sbe;uhello;", "uhello;")]
+    assert found["answer"].tolist() == answers + [None] * len(bad)
+    assert scored["answer"].tolist()[0] in ("a", "b")
+    said = found["error"].tolist()
+    assert said[:3] == [None] * 3
+    for error, why in zip(said[3:], ["nothing", "not JSON", "not JSON", r"'\[\]'", "has no content", "surrogate"], strict=True):
+        assert re.search(why, error)
+
+
+@pytest.mark.parametrize(
+    ("keywords", "said"),
+    [
+        ({}, "^give prompt, the template of a prompt, or messages"),
+        ({"messages": "t"}, "^chat: the model has no chat template"),
+        ({"messages": "t", "chat": False}, "^chat: conversations of a column are messages"),
+        ({"messages": "t", "examples": [{"t": "a", "answer": "b"}]}, "^examples: conversations of a column have turns of their own"),
+    ],
+)
+def test_conversations_that_cannot_be_asked(llm: LLM, keywords: dict[str, Any], said: str) -> None:
+    with pytest.raises(OptionError, match=said):
+        llm.map(pa.table({"t": ["a"]}), **keywords)

@@ -86,6 +86,12 @@ def find_limits(
     )
 
 
+def spare_disk_bytes(offload_dir: str | None, root: Path = Path("/")) -> int:
+    """Return the disk space that `find_limits` grants where no budget is asked for, in bytes."""
+    folder = _existing(Path(offload_dir or tempfile.gettempdir()))
+    return 0 if file_system(root, folder) in MEMORY_FILE_SYSTEMS else int(DISK_SHARE * _disk_space(folder)[0])
+
+
 def find_device(wanted: str, cuda_memory: Callable[[], CardMemory | None] | None = None) -> str:
     """Return the device that is meant by the option; "auto" is a GPU if there is one."""
     if wanted != "auto":

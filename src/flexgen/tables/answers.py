@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from flexgen.tables.columns import fitted
-from flexgen.tables.task import Task
+from flexgen.tables.task import COUNTS, Task
 from flexgen.tables.values import escaped, surrogate_fault
 
 NOT_ANSWERED = "not answered yet"
@@ -48,10 +48,16 @@ class Answers:
         if "text" in record:  # which may also stand beside an error that `fault` has found
             self.num_cut += record.get("finish_reason") == "length"
             answer, reason = self._read(record)
-            found |= answer
+            found |= answer | self._details(record)
             error = error or reason
         self.num_errors += error is not None
         return {**found, self._task.error_column: None if error is None else escaped(error)}
+
+    def _details(self, record: Mapping[str, Any]) -> dict[str, Any]:
+        task = self._task
+        told = (record.get("finish_reason"),) * task.finish_reason
+        counts = tuple(record["usage"][each] for each in COUNTS if task.token_counts)
+        return {column.name: value for column, value in zip(task.details, (*told, *counts), strict=True)}
 
     def fault(self, record: Mapping[str, Any]) -> str | None:
         """Return why the answer in a record is not what was asked for; None if it is."""

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flexgen.errors import OptionError
+from flexgen.tables.arrays import ArrayFrames, python_value
 from flexgen.tables.arrow import with_answers
 from flexgen.tables.columns import Column, Kind, flat
 
@@ -22,7 +23,7 @@ class PandasFrames:
     def values(self, frame: Any, place: int) -> list[Any]:
         """Return the values of a column, None where pandas has no value."""
         column = frame.iloc[:, place]
-        return [None if missing else value for value, missing in zip(column.tolist(), column.isna(), strict=True)]
+        return [None if missing else python_value(value) for value, missing in zip(column.tolist(), column.isna(), strict=True)]
 
     def with_columns(self, frame: Any, columns: Sequence[Column], values: Values) -> Any:
         """Return a copy of the frame with more columns."""
@@ -75,10 +76,11 @@ class ArrowFrames:
         return frame
 
 
-_FRAMES: Mapping[tuple[str, str], type[PandasFrames] | type[PolarsFrames] | type[ArrowFrames]] = {
+_FRAMES: Mapping[tuple[str, str], type[PandasFrames] | type[PolarsFrames] | type[ArrowFrames] | type[ArrayFrames]] = {
     ("pandas", "DataFrame"): PandasFrames,
     ("polars", "DataFrame"): PolarsFrames,
     ("pyarrow", "Table"): ArrowFrames,
+    ("builtins", "dict"): ArrayFrames,
 }
 
 
@@ -92,13 +94,13 @@ class Frame:
         columns: The names of its columns, in order.
 
     Raises:
-        OptionError: It is of no known type, or two of its columns have the same name.
+        OptionError: It is of no known type, or a dict whose values are not arrays of one length.
     """
 
     def __init__(self, given: Any) -> None:
         kind = next((each for each in type(given).__mro__ if (each.__module__.partition(".")[0], each.__name__) in _FRAMES), None)
         if kind is None:
-            known = ", ".join(f"{library}.{name}" for library, name in _FRAMES)
+            known = ", ".join("dict of numpy arrays" if name == "dict" else f"{library}.{name}" for library, name in _FRAMES)
             lazy = " (collect() makes one of a LazyFrame)" if type(given).__name__ == "LazyFrame" else ""
             raise OptionError(f"the table is a {type(given).__name__}; known: {known}{lazy}")
         self._given = given

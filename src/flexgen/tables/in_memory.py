@@ -16,17 +16,19 @@ from flexgen.request import SamplingParams
 from flexgen.session.served import ServedModel
 from flexgen.tables.answers import Answers
 from flexgen.tables.checks import check_columns, check_constraint, check_shots, matching
+from flexgen.tables.conversations import Lines, lines_of
 from flexgen.tables.formats import check_names
 from flexgen.tables.frames import Frame
-from flexgen.tables.prompts import Prompts, read_shots, takes_messages
+from flexgen.tables.prompts import read_shots
 from flexgen.tables.task import DEFAULT_MAX_TOKENS, Task
 
 Row = Mapping[str, Any]
 
 
 class MapKeywords(TypedDict, total=False):
-    """The keywords of `LLM.map` that say what may be answered, and what the columns are called (see `Task`)."""
+    """The keywords of `LLM.map` that say what is asked, what may be answered, and what the columns are called (see `Task`)."""
 
+    messages: str | None
     system: str | None
     template: str
     choices: Sequence[str]
@@ -34,6 +36,8 @@ class MapKeywords(TypedDict, total=False):
     regex: str | None
     probabilities: bool
     raw: bool
+    finish_reason: bool
+    token_counts: bool
     answer_column: str
     error_column: str
 
@@ -59,35 +63,52 @@ class RowModel(Protocol):
         ...
 
 
-def map_frame(
-    llm: RowModel,
-    given: Any,
-    task: Task,
-    *,
-    examples: Any = None,
-    chat: bool | None = None,
-    params: SamplingParams | None = None,
-    use_tqdm: bool | Callable[..., Any] = False,
-) -> Any:
-    """Return a data frame with the columns of the answers, see `LLM.map`."""
-    frame = Frame(given)
-    check_names("the table", frame.columns)
-    shots = [] if examples is None else read_shots(task, _examples(examples))
-    prompts = Prompts(task, shots, chat=takes_messages(chat, llm.model.templates.text))
-    check_columns(task, prompts.columns, frame.columns, "the table")
-    rows = frame.rows(prompts.columns)
-    if params is None:
-        own = llm.get_default_sampling_params()
-        params = dataclasses.replace(own, temperature=0.0, max_tokens=DEFAULT_MAX_TOKENS, stop=prompts.default_stop)
-    else:
-        _check_params(task, params)
-    if task.constraint:
-        constrained = dataclasses.replace(params, **task.constraint)
-        check_constraint(llm.model, task, constrained)
-        check_shots(llm.model, task, shots, constrained)
-    answers = Answers(task, matching(llm.model, task))
-    requests = list(_requests(prompts, rows, PlainForm(defaults=params)))
-    return frame.with_columns(task.columns, [answers.values(record) for record in _records(llm, requests, use_tqdm)])
+class FrameMap:
+    """Answers the rows of data frames in memory, as many frames as there are, see `LLM.map`.
+
+    Args:
+        llm: The model.
+        task: What is asked of each row.
+        examples: Labelled examples: a data frame, or several dicts.
+        chat: Whether prompts are messages; None for messages where the model has a chat template.
+        params: The sampling parameters of generated answers; None for those of `flexgen map`.
+
+    Raises:
+        OptionError: What is asked cannot be served for any row; the message names the option.
+    """
+
+    def __init__(
+        self, llm: RowModel, task: Task, *, examples: Any = None, chat: bool | None = None, params: SamplingParams | None = None
+    ) -> None:
+        if examples is not None and task.messages is not None:
+            raise OptionError("examples: conversations of a column have turns of their own: leave them out")
+        shots = [] if examples is None else read_shots(task, _examples(examples))
+        self._lines = lines_of(task, shots, chat=chat, chat_template=llm.model.templates.text)
+        if params is None:
+            own = llm.get_default_sampling_params()
+            params = dataclasses.replace(own, temperature=0.0, max_tokens=DEFAULT_MAX_TOKENS, stop=self._lines.default_stop)
+        else:
+            _check_params(task, params)
+        if task.constraint:
+            constrained = dataclasses.replace(params, **task.constraint)
+            check_constraint(llm.model, task, constrained)
+            check_shots(llm.model, task, shots, constrained)
+        self._llm, self._task, self._form = llm, task, PlainForm(defaults=params)
+        self._answers = Answers(task, matching(llm.model, task))
+
+    def __call__(self, given: Any, *, use_tqdm: bool | Callable[..., Any] = False) -> Any:
+        """Return a data frame with the columns of the answers.
+
+        Raises:
+            OptionError: It is no data frame, or a column is missing or would be overwritten.
+            CapacityError: The work does not fit the budgets.
+        """
+        frame = Frame(given)
+        check_names("the table", frame.columns)
+        check_columns(self._task, self._lines.columns, frame.columns, "the table")
+        requests = list(_requests(self._lines, frame.rows(self._lines.columns), self._form))
+        records = _records(self._llm, requests, use_tqdm)
+        return frame.with_columns(self._task.columns, [self._answers.values(record) for record in records])
 
 
 def _check_params(task: Task, params: SamplingParams) -> None:
@@ -114,7 +135,7 @@ def _examples(given: Any) -> Iterable[Row]:
     return frame.rows(frame.columns)
 
 
-def make_task(prompt: str, keywords: MapKeywords) -> Task:
+def make_task(prompt: str | None, keywords: MapKeywords) -> Task:
     """Return the task of a call of `LLM.map`.
 
     Raises:
@@ -125,18 +146,20 @@ def make_task(prompt: str, keywords: MapKeywords) -> Task:
         raise OptionError(f"map has no option {unknown[0]!r}; known: {', '.join(known)}")
     if not isinstance(keywords.get("schema"), (dict, type(None))):
         raise OptionError(f"schema must be a JSON schema as a dict, not {keywords.get('schema')!r:.80}")
+    if prompt is None and keywords.get("messages") is None:
+        raise OptionError("give prompt, the template of a prompt, or messages, the name of a column of conversations")
     fields = dict(keywords)
     choices = keywords.get("choices") or ()
     if isinstance(choices, str):
         raise OptionError(f"choices must be a list of texts, not the text {choices!r}")
-    return Task(prompt=prompt, **{**fields, "choices": tuple(choices)})
+    return Task(prompt=prompt or "", **{**fields, "choices": tuple(choices)})
 
 
-def _requests(prompts: Prompts, rows: Iterable[Row], form: PlainForm) -> Iterable[JobRequest]:
+def _requests(lines: Lines, rows: Iterable[Row], form: PlainForm) -> Iterable[JobRequest]:
     """Yield the rows as requests, some of which have an error."""
     for number, row in enumerate(rows, start=1):
         request = JobRequest(line_number=number, digest=0, form=form)
-        line = for_one_request(prompts.line, row)
+        line = for_one_request(lines.line, row)
         parsed = line if isinstance(line, RequestError) else for_one_request(form.parse, request, line)
         yield request.refused(parsed) if isinstance(parsed, RequestError) else parsed
 
