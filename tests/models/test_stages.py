@@ -12,7 +12,6 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaModel
 
-from flexgen.checkpoint.dummy import write_random_checkpoint
 from flexgen.checkpoint.meta import LOOSEST_LIMITS
 from flexgen.errors import EngineError, UnsupportedModelError
 from flexgen.models.assemble import AssembledModel, assemble_model
@@ -22,6 +21,7 @@ from flexgen.models.skeleton import build_skeleton
 from flexgen.models.tracing import trace_model
 from flexgen.passes.geometry import by_geometry
 from flexgen.plan.policy import Fractions, Policy
+from tests.formats.test_encoded_experts import MULTIPLIED, write
 from tests.models.parity import UNIT_BYTES, build, policy, save
 from tests.models.staged import logits_of, logits_of_stages, stages_of
 from tests.models.test_parity import SUPPORTED, VARIANTS, ring_bytes
@@ -29,19 +29,21 @@ from tests.models.tiny_configs import tiny_config
 from tests.quantize.reading import made
 
 # Words of the reason why no stage may begin at a layer; where it is None, of the reason why the model cannot be divided at all.
-PER_LAYER = "uses what is computed before the layers"
+SHARED_KEYS: dict[int | None, str] = {
+    1: "layer 2 of '.*' uses the keys of layer 0",
+    2: "layer 3 of '.*' uses the keys of layer 1",
+    3: "layer 3 of '.*' uses the keys of layer 1",
+}
 REFUSED: dict[str, dict[int | None, str]] = {
-    "gemma3n_text": {1: PER_LAYER, 2: "layer 3 of 'gemma3n_text' uses the keys of layer 1", 3: "layer 3 of .* uses the keys of layer 1"},
-    "gemma4_text": {1: PER_LAYER, 2: "layer 3 of 'gemma4_text' uses the keys of layer 1", 3: "layer 3 of .* uses the keys of layer 1"},
-    "gemma4_unified_text": {
-        1: "layer 2 of 'gemma4_unified_text' uses the keys of layer 0",
-        2: "layer 3 of 'gemma4_unified_text' uses the keys of layer 1",
-        3: "layer 3 of 'gemma4_unified_text' uses the keys of layer 1",
-    },
+    "gemma3n_text": SHARED_KEYS,
+    "gemma4_text": SHARED_KEYS,
+    "gemma4_unified_text": SHARED_KEYS,
+    "gemma4_unified": SHARED_KEYS,
+    "gemma4": {None: "the weights of model.language_model.embed_tokens are read before the layers"},
     "hrm_text": {None: "its layers are not in one list"},
 }
 DIVIDED = [name for name in (*SUPPORTED, *VARIANTS) if name not in REFUSED]
-STREAMED = Fractions(host=0.3, disk=0.7)
+STREAMED = Fractions(disk=1.0)  # at one home, so that a unit lies alike in memory: sums of products depend on that in their last bits
 
 
 def config_of(name: str) -> PreTrainedConfig:
@@ -96,7 +98,7 @@ def test_stages_compute_what_the_whole_model_computes(name: str, saved: Callable
     """Prompts in chunks and next tokens, in two stages and in three, with weights that stream."""
     model = saved(name)
     points = model.whole.cut_points
-    entered = [0, 2, 3] if name == "mllama_text_model" else [*range(model.whole.num_layers)]
+    entered = [0, 2, 3] if name == "mllama" else [*range(model.whole.num_layers)]
     assert list(points) == entered[1:]
     chosen = model.policy()
     wanted = logits_of(model.whole, chosen)
@@ -116,7 +118,7 @@ def test_every_cut_of_a_model_with_two_kinds_of_layers(saved: Callable[..., Save
 @pytest.mark.parametrize("name", ["opt", "gpt_oss", "llama-longrope"])
 def test_stages_on_a_device(name: str, saved: Callable[..., Saved], monkeypatch: pytest.MonkeyPatch) -> None:
     model = saved(name)
-    chosen = model.policy("sim", Fractions(device=0.2, host=0.3, disk=0.5), Fractions(device=1.0))
+    chosen = model.policy("sim", Fractions(host=1.0), Fractions(device=1.0))
     assert_equal(logits_of_stages(model.stages(1, 3), chosen, monkeypatch), logits_of(model.whole, chosen))
 
 
@@ -136,11 +138,10 @@ def test_stages_with_weights_in_four_bits(home: str, tmp_path: Path, monkeypatch
     from flexgen.quantize.convert import convert
     from flexgen.quantize.settings import QuantizeSettings
 
-    config = tiny_config("gpt_oss", quantization_config={"quant_method": "mxfp4", "modules_to_not_convert": []})
-    write_random_checkpoint(config, tmp_path / "mxfp4", torch.float32)
+    config = write(MULTIPLIED["gpt_oss in MXFP4"], tmp_path)
     _, files = made(tmp_path / "in", "llama")
     convert(files, tmp_path / "int4", QuantizeSettings(), num_threads=1)
-    models = [Saved(tmp_path / "mxfp4", config), Saved(tmp_path / "int4", read_config(resolve_model(tmp_path / "int4")))]
+    models = [Saved(tmp_path / "encoded", config), Saved(tmp_path / "int4", read_config(resolve_model(tmp_path / "int4")))]
     for model in models:
         assert model.whole.encodings
         chosen, cut = model.policy(weights=Fractions(**{home: 1.0})), model.whole.cut_points[-1]
@@ -242,6 +243,15 @@ def test_other_cuts_of_a_model_with_shared_keys(tmp_path: Path, monkeypatch: pyt
     assert_equal(logits_of_stages(model.stages(1, 2), model.policy(), monkeypatch), logits_of(model.whole, model.policy()))
 
 
+def test_embeddings_of_each_layer() -> None:
+    """Every layer gets numbers of its own that follow from the token ids by weights before the layers."""
+    layers = found_in(tiny_config("gemma4_text", num_kv_shared_layers=0))
+    assert layers.cut_points == ()
+    for cut in (1, 2, 3):
+        with pytest.raises(UnsupportedModelError, match=f"layer {cut} of 'gemma4_text' uses what is computed before the layers"):
+            layers.check(range(cut, 4))
+
+
 @pytest.mark.parametrize("layers", [range(3, 9), range(0), range(2, 1), range(0, 4, 2), range(-1, 2)])
 def test_layers_that_are_not_there(layers: range, saved: Callable[..., Saved]) -> None:
     with pytest.raises(EngineError, match="stages: layers"):
@@ -249,6 +259,7 @@ def test_layers_that_are_not_there(layers: range, saved: Callable[..., Saved]) -
 
 
 KEPT: dict[str, Any] = {}
+MEMORY = torch.zeros(2, 1, 8, 64)
 
 
 def kept_and_added(index: int, layer: Any, hidden: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
@@ -260,12 +271,9 @@ def kept_and_added(index: int, layer: Any, hidden: torch.Tensor, out: torch.Tens
 
 def written_and_read(index: int, layer: Any, hidden: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """Layer 1 writes into memory that was there before, and layer 2 reads it through another view."""
-    if index == 0:
-        KEPT["memory"] = torch.zeros(2, *out.shape)
-        KEPT["views"] = KEPT["memory"].unbind(0)
     if index == 1:
-        KEPT["views"][0].copy_(out)
-    return out + KEPT["memory"][0] if index == 2 else out
+        MEMORY[0, :, : out.shape[1]].copy_(out)
+    return out + MEMORY[0, :, : out.shape[1]] if index == 2 else out
 
 
 def indices_reused(index: int, layer: Any, hidden: torch.Tensor, out: torch.Tensor) -> torch.Tensor:

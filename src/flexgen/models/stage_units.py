@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from flexgen.models.parts import Part
@@ -34,7 +35,7 @@ def units_of(stage: Stage, units: ModelUnits) -> ModelUnits:
     )
 
 
-def _numbered(parts: list[Part] | tuple[Part, ...], unit: int) -> list[Part]:
+def _numbered(parts: Sequence[Part], unit: int) -> list[Part]:
     return [Part(use=part.use, unit=unit, start=part.start, stop=part.stop) for part in parts]
 
 

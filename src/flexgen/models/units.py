@@ -119,7 +119,7 @@ def cut_model(
 
 def _named_by_layer(decoder: DecoderLayers, uses: Sequence[ParameterUse]) -> DecoderLayers:
     """Return the layers, which cannot be divided where the names of units do not tell their layers, since a plan goes by names."""
-    if decoder.undivided is None:
+    if decoder.cut_points:
         for use in uses:
             if layer_named_in(use.module) != decoder.layer_of(use.module):
                 return DecoderLayers(model_type=decoder.model_type, undivided=f"{use.module} is not named by its layer")
