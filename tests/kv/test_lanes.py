@@ -31,7 +31,7 @@ GEOMETRIES = [
 ]
 
 
-def stage(layers: range, device: str = "cpu", *, pool_bytes: int = 100_000, low_bit: bool = False, **kv: float) -> StageKV:
+def stage(layers: range, device: str = "cpu", /, *, pool_bytes: int = 100_000, low_bit: bool = False, **kv: float) -> StageKV:
     """Layers that see everything and layers with windows in turn; the shares of its tiers add up to 1."""
     chosen = policy(device, weights=Fractions(host=1), kv=Fractions(**kv), ring_bytes=0)
     sizes = {f"kv_{tier}_bytes": int(kv.get(tier, 0) * pool_bytes) for tier in TIERS}

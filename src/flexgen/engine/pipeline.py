@@ -175,7 +175,8 @@ class PipelineEngine(BlockEngine):
     def clear(self) -> None:
         """Forget all unanswered requests; passes in flight are waited for before another one begins."""
         self._given_up += [each for each in self._order() if self._flights[each] is not None]
-        self._flights, self._turn = [None] * len(self.blocks), 0
+        self._flights = [None] * len(self.blocks)
+        self._turn = 0
         freed = self._clear_blocks()
         if not self._is_broken:
             self._forget(freed)
