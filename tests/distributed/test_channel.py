@@ -87,7 +87,6 @@ def body(ranks):
         for index in range(64):
             frame = receiver.receive()
             assert frame.header == {"index": index} and frame.tensors[0][0] == index % 100
-        assert receiver.poll() is None
 
 run(body)
 """
@@ -97,7 +96,7 @@ def test_a_receiver_that_takes_nothing_holds_the_sender_up_and_nobody_takes_that
     go = f"{tmp_path}/go"
     with open(go, "w") as file:  # noqa: PTH123
         file.write("wait")
-    crew.start(2, BACKPRESSURE, silence=1.0, GO=go)
+    crew.start(2, BACKPRESSURE, silence=2.0, GO=go)
     crew.wait_for(1, "waited")
     assert "too many" not in crew.printed(0)  # 4 MiB at each end, and the window between them
     with open(go, "w") as file:  # noqa: PTH123
