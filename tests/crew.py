@@ -59,7 +59,7 @@ class Crew:
         self.processes: list[int] = []
         self.codes: dict[int, int | None] = {}
 
-    def start(self, size: int, program: str, *, silence: float = 2.0, grace: float = 2.0, **environment: str) -> None:
+    def start(self, size: int, program: str, *, silence: float = 10.0, grace: float = 2.0, **environment: str) -> None:
         """Start `size` ranks of a program.
 
         Args:

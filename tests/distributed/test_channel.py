@@ -87,7 +87,6 @@ def body(ranks):
         for index in range(64):
             frame = receiver.receive()
             assert frame.header == {"index": index} and frame.tensors[0][0] == index % 100
-        assert receiver.poll() is None
 
 run(body)
 """
@@ -97,7 +96,7 @@ def test_a_receiver_that_takes_nothing_holds_the_sender_up_and_nobody_takes_that
     go = f"{tmp_path}/go"
     with open(go, "w") as file:  # noqa: PTH123
         file.write("wait")
-    crew.start(2, BACKPRESSURE, silence=1.0, GO=go)
+    crew.start(2, BACKPRESSURE, silence=2.0, GO=go)
     crew.wait_for(1, "waited")
     assert "too many" not in crew.printed(0)  # 4 MiB at each end, and the window between them
     with open(go, "w") as file:  # noqa: PTH123
@@ -134,12 +133,12 @@ run(body)
 
 
 def test_an_artificial_link_has_its_latency_and_rate_and_frames_follow_each_other_on_it(crew: Crew) -> None:
-    crew.start(2, SHAPED, FLEXGEN_LINK="50ms,80Mbit")
+    crew.start(2, SHAPED, FLEXGEN_LINK="200ms,80Mbit")
     crew.end_well()
     measured = json.loads(crew.printed(0).partition("\n")[0])
-    assert measured["trip"] >= 2 * 0.05
-    # 20 frames of 250,000 bytes at 10 MB/s and two latencies; one after the other they would take 20 latencies more.
-    assert 20 * 250_000 / 10e6 + 2 * 0.05 <= measured["blocks"] < 20 * (250_000 / 10e6 + 2 * 0.05)
+    assert measured["trip"] >= 2 * 0.2
+    # 20 frames of 250,000 bytes at 10 MB/s and two latencies; frame by frame it would be 20 latencies.
+    assert 20 * 250_000 / 10e6 + 2 * 0.2 <= measured["blocks"] < 20 * (250_000 / 10e6 + 0.2)
     assert measured["busy"] >= measured["bytes"] / 10e6 * 0.999
 
 

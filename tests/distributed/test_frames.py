@@ -31,7 +31,7 @@ class Flow:
 
 def test_a_frame_is_put_together_again() -> None:
     tensors = [torch.arange(1_000_000), torch.zeros(0), torch.tensor(True), torch.rand(3, 5)]
-    header = {"long": "é" * 1_500_000, "numbers": [1, -2.5, None]}
+    header = {"long": "é" * 500_000, "numbers": [1, -2.5, None]}
     admitted = list[int]()
     messages = [mark(KEEPALIVE), *messages_of("plan", header, tensors, LIMITS), mark(KEEPALIVE), mark(END)]
     flow = Flow(messages)

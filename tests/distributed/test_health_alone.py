@@ -91,7 +91,7 @@ def test_the_first_report_is_the_verdict() -> None:
 
 @pytest.mark.parametrize("data", [b"", b"[]", b'{"rank": 1}', b"\xff", b"[" * 100_000])
 def test_a_report_that_cannot_be_read_is_a_loss(data: bytes) -> None:
-    assert Failure.from_json(data, 3) == Failure(None, "a rank reported a failure that cannot be read")
+    assert Failure.from_json(data, 3) == Failure(None, "holds a report that cannot be read")
 
 
 def test_a_report_about_a_rank_that_there_is_not() -> None:

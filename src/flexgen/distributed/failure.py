@@ -59,5 +59,5 @@ class Failure:
             value: Any = json.loads(data)
             rank, reason = value["rank"], str(value["reason"])[:_MOST_REASON_CHARS]
         except (ValueError, TypeError, KeyError, RecursionError):
-            return cls(None, "a rank reported a failure that cannot be read")
+            return cls(None, "holds a report that cannot be read")
         return cls(rank if type(rank) is int and 0 <= rank < size else None, reason)

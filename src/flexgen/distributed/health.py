@@ -163,7 +163,7 @@ class Health:
 
     def name(self, rank: int | None) -> str:
         """Return how a rank is called in messages."""
-        return "the store of the ranks" if rank is None else f"rank {rank} on {self.hosts[rank]}"
+        return "the server of the store" if rank is None else f"rank {rank} on {self.hosts[rank]}"
 
     def late(self, rank: int, seconds: float) -> str:
         """Return what is said of a rank that does not come to its end."""
@@ -236,11 +236,13 @@ class Health:
 
     def _store_is_lost(self, reason: str) -> None:
         """Conclude without the store: whoever serves it is lost, or else whoever is suspected."""
-        own = self._suspicion is not None and self._suspicion.rank == self.rank  # its own error is certain
-        if self._suspicion is not None and (own or self._store_rank in (None, self.rank)):
-            self._conclude(self._suspicion)
-        else:
-            self._conclude(Failure(self._store_rank, reason))
+        suspicion = self._suspicion
+        if suspicion is not None:
+            own = suspicion.rank == self.rank  # its own error is certain
+            answered = self._suspected_at - self._answered_at < self.timings.verdict_seconds  # until what is suspected happened
+            if own or (answered and self._store_rank in (None, self.rank)):
+                return self._conclude(suspicion)
+        return self._conclude(Failure(self._store_rank, reason))
 
     def _conclude(self, failure: Failure) -> None:
         with self._lock:

@@ -11,7 +11,7 @@ from functools import partial
 from types import TracebackType
 from typing import Any
 
-from torch.distributed import PrefixStore, Store, TCPStore
+from torch.distributed import PrefixStore, Store, TCPStore  # pyright: ignore[reportPrivateImportUsage] (documented as public)
 from torch.distributed.distributed_c10d import ProcessGroupGloo
 
 from flexgen.distributed.channel import Receiver, Sender

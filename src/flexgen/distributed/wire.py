@@ -14,7 +14,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-from torch.distributed import Store
+from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage] (documented as public)
 from torch.distributed.distributed_c10d import ProcessGroupGloo
 
 from flexgen.distributed.frames import CHUNK_BYTES
