@@ -95,8 +95,8 @@ class Children:
         warn: Callable[[str], None],
     ) -> None:  # fmt: skip
         self._named, self._logs, self._members, self._warn = named, logs, members, warn
-        self._early_deaths = 0
-        self._children = [self._started(number, place) for number, place in enumerate(places, 1)]
+        self._places, self._early_deaths = places, 0
+        self._children: list[_Child] = []
 
     def tend(self) -> None:
         """Replace workers that have died.
@@ -171,6 +171,12 @@ class Children:
         return True
 
     def __enter__(self) -> Self:
+        try:
+            for number, place in enumerate(self._places, 1):
+                self._children.append(self._started(number, place))
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *exception: object) -> None:
