@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from fakes import FakeEngine
@@ -101,7 +101,7 @@ def test_two_workers_of_which_one_is_killed(tiny: Path, requests: Path, whole: b
     found = json.loads(metrics.read_text())
     assert found["job"]["answered"] == found["job"]["lines"] == 40
     assert found["num_workers"] >= 2
-    assert {each["model"] for each in found["workers"]} == {tiny.name} or found["workers"]
+    assert all(each["num_requests"] > 0 for each in found["workers"])
     assert found["output_tokens"] >= sum(line["usage"]["completion_tokens"] for line in map(json.loads, whole.splitlines()))
     assert "nothing was left to do" in flexgen("run", tiny, requests, "-o", output, *FLAGS[:-1], "plain", "--workers", 2).stderr
 
@@ -204,7 +204,7 @@ def test_nodes_are_read_from_the_system(tmp_path: Path) -> None:
         (folder / "cpulist").write_text(",".join(map(str, cores)) + "\n")
     assert cores_by_node(tmp_path) == [each for each in (allowed[:1], allowed[1:]) if each]
     (folder / "cpulist").write_text(f"{allowed[0]}-{allowed[-1] + 3}\n")  # a node that has cores of another
-    assert cores_by_node(tmp_path) == ([allowed] if len(allowed) > 1 else [allowed])
+    assert cores_by_node(tmp_path) == [allowed]
 
 
 def test_budgets_are_those_of_all_workers(tmp_path: Path) -> None:
@@ -227,7 +227,7 @@ class FakeProcess:
         FakeProcess.started.append(self)
         self.pid, self.code = 1000 + len(FakeProcess.started), code
 
-    started: list[FakeProcess] = []
+    started: ClassVar[list[FakeProcess]] = []
 
     def poll(self) -> int | None:
         return self.code

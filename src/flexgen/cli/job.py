@@ -19,6 +19,7 @@ from flexgen.cli.run_flags import RunFlags
 from flexgen.cli.signals import StopSignals
 from flexgen.cli.spelling import OF_JOBS
 from flexgen.cli.terminal import showing
+from flexgen.cli.worker_places import check_crew
 from flexgen.errors import FlexGenError, OptionError, StorageError
 from flexgen.jobs.interrupt import Stopped
 from flexgen.options import EngineOptions
@@ -243,10 +244,12 @@ def run_job(flags: RunFlags, open_lines: Callable[[], JobLines], options: Engine
         options: The options of the engine.
 
     Raises:
-        OptionError: The trace has nothing to show, or its file is another one of the job.
+        OptionError: The trace has nothing to show, or its file is another one of the job; or several workers cannot honour the options.
     """
     if flags.dry_run and flags.crew is not None:
         raise OptionError("--dry-run plans for one process: leave out --workers")
+    if flags.crew is not None:
+        check_crew(flags.crew, options)
     if flags.dry_run and options.trace is not None:
         raise OptionError("--dry-run has nothing to trace: leave out --trace")
     check_apart(options.trace, flags.source, flags.output, flags.metrics)

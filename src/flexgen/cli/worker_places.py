@@ -71,12 +71,10 @@ def places_of(crew: Crew, options: EngineOptions, own_bytes: int, *, root: Path 
         root: The folder below which the files of the system are read.
 
     Raises:
-        OptionError: The options cannot be honoured by several workers.
         CapacityError: A worker would have too little memory.
     """
     from flexgen.profile.limits import find_limits
 
-    _check(crew, options)
     if not crew.count:
         return []
     given = EngineOptions(device="cpu", host_mem=options.host_mem, disk=options.disk, offload_dir=options.offload_dir)
@@ -95,7 +93,12 @@ def places_of(crew: Crew, options: EngineOptions, own_bytes: int, *, root: Path 
     return [WorkerPlace(flags=tuple(flags), cores=each, device=device) for each, device in zip(cores, devices, strict=True)]
 
 
-def _check(crew: Crew, options: EngineOptions) -> None:
+def check_crew(crew: Crew, options: EngineOptions) -> None:
+    """Check that options can be honoured by several workers.
+
+    Raises:
+        OptionError: They cannot.
+    """
     if options.trace is not None:
         raise OptionError("--trace draws one engine: leave it out, or give no --workers")
     if crew.devices and options.device not in ("auto", "cuda"):
