@@ -124,13 +124,13 @@ class Children:
 
     def _check(self, child: _Child, code: int, told: MemberFile | None) -> None:
         """Refuse to replace a worker whose successors would end alike."""
-        from flexgen.jobs.workers.members import REFUSED
+        from flexgen.jobs.workers.members import FAILED, REFUSED
 
         said = f"worker {child.number} ended with {code}: {_last_lines(child.log)}"
-        if code in _GIVES_UP:
-            raise JobError(said)
-        if told is not None and told.state == REFUSED:
+        if code == ExitCode.RESUMABLE and told is not None and told.state == REFUSED:
             raise StorageError(f"worker {child.number}: {told.reason}") from io_failure()
+        if code in _GIVES_UP and (told is None or told.state != FAILED):
+            raise JobError(said)
         self._early_deaths = self._early_deaths + 1 if told is None or not (told.lines or told.leases) else 0
         if self._early_deaths >= _MOST_EARLY_DEATHS:
             raise JobError(f"workers end before they answer anything; {said}")

@@ -100,7 +100,7 @@ def publish(folder: SharedFolder) -> None:
     with translated(folder.root):
         sync_folder(folder.path)
         failpoint("workers.publish")
-        replace_json(folder.root / _CURRENT, {"run": folder.run})
+        replace_json(folder.root / _CURRENT, {"run": folder.run}, durable=True)
         sync_folder(folder.root)
 
 
@@ -171,9 +171,9 @@ def link_new(path: Path, content: str) -> bool:
     return True
 
 
-def replace_json(path: Path, value: object) -> None:
+def replace_json(path: Path, value: object, *, durable: bool = False) -> None:
     """Make or replace a file with a JSON value; readers see the old content or the new one."""
-    temporary = _write_temporary(path, json.dumps(value))
+    temporary = _write_temporary(path, json.dumps(value), durable=durable)
     try:
         failpoint("workers.replace")
         temporary.replace(path)
@@ -194,10 +194,13 @@ def read_json(path: Path) -> Any:
         raise StorageError(f"{path} is damaged: {error}") from error
 
 
-def _write_temporary(path: Path, content: str) -> Path:
+def _write_temporary(path: Path, content: str, *, durable: bool = False) -> Path:
     temporary = path.with_name(f".{secrets.token_hex(8)}")
     with os.fdopen(open_private(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "w") as file:
         file.write(content)
+        if durable:
+            file.flush()
+            os.fsync(file.fileno())
     return temporary
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from flexgen.base.failpoints import failpoint
-from flexgen.base.files import open_private
+from flexgen.base.files import open_private, sync_folder
 from flexgen.errors import StorageError
 from flexgen.jobs import saved_progress
 from flexgen.jobs.saved_progress import ProgressRow, SavedProgress
@@ -52,6 +52,7 @@ class ShardWriter:
         self._failed = False
         try:
             self._file = open_private(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND)
+            sync_folder(path.parent)
         except OSError as error:
             raise StorageError(f"{path}: {error.strerror or error}") from error
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from array import array
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
@@ -75,7 +76,7 @@ class SharedTask:
             "options": dataclasses.asdict(self.options), "defaults": dataclasses.asdict(self.defaults), "identity": self.identity.to_json(),
         }  # fmt: skip
         with translated(folder.task):
-            replace_json(folder.task, {**fields, **given, "format": _FORMAT})
+            replace_json(folder.task, {**fields, **given, "format": _FORMAT}, durable=True)
 
     @classmethod
     def read(cls, folder: SharedFolder) -> SharedTask:
@@ -127,6 +128,8 @@ class OpenLines:
         with translated(folder.lines), folder.lines.open("wb") as file:
             for values in (self.numbers, self.digests):
                 array("Q", values).tofile(file)
+            file.flush()
+            os.fsync(file.fileno())
 
     @classmethod
     def read(cls, folder: SharedFolder) -> OpenLines:
