@@ -24,7 +24,7 @@ from flexgen.cli import workers as workers_module
 from flexgen.cli.worker_places import Crew, WorkerPlace, cores_by_node, divide_cores, places_of
 from flexgen.cli.workers import Children
 from flexgen.errors import CapacityError, JobError, OptionError, StorageError
-from flexgen.jobs.workers.members import REFUSED, MemberFile, Process
+from flexgen.jobs.workers.members import FAILED, REFUSED, MemberFile, Process
 from flexgen.options import EngineOptions
 
 HANGS_SECONDS = 300
@@ -285,6 +285,14 @@ def test_a_refusal_of_a_worker_is_one_of_the_run(tmp_path: Path, processes: list
         processes[1].code = 3
         with pytest.raises(JobError, match="worker 2 ended with 3: flexgen: too little memory"):
             crew.tend()
+
+
+def test_a_failure_that_has_to_do_with_lines_is_no_refusal(tmp_path: Path, processes: list[FakeProcess]) -> None:
+    """Such as memory that runs out for one sequence: the lines are to blame, and others go on."""
+    with children(tmp_path, [member(1001, state=FAILED, lines=1)], []) as crew:
+        processes[0].code = 3
+        crew.tend()
+        assert len(processes) == 3
 
 
 def test_a_failing_disk_of_a_worker_stops_the_run(tmp_path: Path, processes: list[FakeProcess]) -> None:

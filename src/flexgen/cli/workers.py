@@ -110,7 +110,7 @@ class Children:
             if code is None:
                 continue
             self._close(child)
-            if code == ExitCode.ALL_ANSWERED or code in _STOPPED:
+            if code in (ExitCode.ALL_ANSWERED, *_STOPPED):
                 continue
             told = next((each for each in self._members() if each.process.pid == child.process.pid), None)
             self._check(child, code, told)
@@ -127,7 +127,7 @@ class Children:
         from flexgen.jobs.workers.members import FAILED, REFUSED
 
         said = f"worker {child.number} ended with {code}: {_last_lines(child.log)}"
-        if code == ExitCode.RESUMABLE and told is not None and told.state == REFUSED:
+        if code in (ExitCode.RESUMABLE,) and told is not None and told.state == REFUSED:
             raise StorageError(f"worker {child.number}: {told.reason}") from io_failure()
         if code in _GIVES_UP and (told is None or told.state != FAILED):
             raise JobError(said)

@@ -310,7 +310,7 @@ def test_a_worker_may_die_between_any_two_steps(
         with JobFolder(paths_of(output)) as folder:
             folder.remove_state()
         output.unlink()
-        hits += 1 + hits // 6
+        hits += 1 + hits // 3
     assert hits > 30
 
 
@@ -411,6 +411,7 @@ def test_a_single_sequence_for_which_memory_runs_out_counts_as_a_death(
         raise MemoryError
 
     monkeypatch.setattr(FakeEngine, "_answer", short)
+    open_fakes(monkeypatch, lambda workload: FakeEngine(workload, max_num_seqs=1))
     with begun(model_folder, source, output) as run:
         with pytest.raises(OutOfMemoryError):
             join(run, model_folder)

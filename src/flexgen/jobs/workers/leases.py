@@ -171,7 +171,7 @@ class Ledger:
             for part in lease.parts():
                 yield from self._offers(part, deaths, earlier, fate_of)
             return
-        hopeless = len(lease) == 1 and deaths >= self._attempts
+        hopeless = len(lease) == 1 and died > 0 and deaths >= self._attempts  # the last one had no other line
         attempt = max(claims, default=0) + 1
         yield Offer(lease=lease, attempt=attempt, deaths=deaths, alone=suspect, hopeless=hopeless, earlier=tuple(dict.fromkeys(earlier)))
 

@@ -187,7 +187,7 @@ class Observer:
         """Return what all workers have told last, the dead included."""
         with translated(self._folder):
             names = names_in(self._folder)
-        found = (self._look(name).content for name in names)
+        found = (self._look(name, anew=True).content for name in names)
         return [each for each in found if each is not None]
 
     def fate_of(self, worker: str) -> Fate:
@@ -204,10 +204,10 @@ class Observer:
         """Return the number of workers that are at work."""
         return sum(self.fate_of(each.worker) is Fate.ALIVE for each in self.members())
 
-    def _look(self, worker: str) -> _Watched:
+    def _look(self, worker: str, *, anew: bool = False) -> _Watched:
         """Read a worker's file, unless that was done a moment ago; a file that cannot be read has not changed."""
         watched, now = self._watched.setdefault(worker, _Watched()), self._clock()
-        if watched.looked is not None and now - watched.looked < min(_LOOK_SECONDS, self._lease_seconds / _LOOKS):
+        if not anew and watched.looked is not None and now - watched.looked < min(_LOOK_SECONDS, self._lease_seconds / _LOOKS):
             return watched
         try:
             content = MemberFile.from_json(read_json(self._folder / worker))
