@@ -13,6 +13,9 @@ FAILPOINTS = (
     "export.write", "export.fsync", "export.rename", "export.renamed",  # the steps of replacing the output
     "disk.read", "disk.write",  # one system call on weights or spilled KV
     "engine.pass",  # a pass is about to begin
+    "shard.write", "shard.fsync", "shard.synced",  # the steps of making durable what a worker has answered
+    "workers.link", "workers.linked", "workers.replace",  # how a file of workers appears: by a link, or in place of another
+    "workers.publish", "workers.remove", "workers.collect",  # what a run does with the folder of its workers
 )  # fmt: skip
 
 # The package's one variable of its own: a fault strikes a process, not an object that could be handed around.

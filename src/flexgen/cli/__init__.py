@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from flexgen.cli import bench, cache, convert, export, map, plan, profile, run, status
+from flexgen.cli import bench, cache, convert, export, map, plan, profile, run, status, work
 from flexgen.cli import eval as evaluations
 from flexgen.cli.exit_codes import complain_of_bug, complain_of_disk
 from flexgen.cli.help import CONTEXT_SETTINGS, Command, Group
@@ -27,7 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Batch inference for language models that are larger than the memory of the device that runs them.",
 )
-for _command in (run.run, map.map, status.status, export.export, plan.plan, profile.profile, convert.convert):
+for _command in (run.run, map.map, work.work, status.status, export.export, plan.plan, profile.profile, convert.convert):
     app.command(cls=Command)(_command)
 _bench = typer.Typer(cls=Group, no_args_is_help=True, rich_markup_mode=None, help="Measure this machine's throughput with a model.")
 for _command in (bench.throughput, bench.steady):

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import shlex
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -48,9 +49,12 @@ class Answering:
 
     def run(self, workload: Workload) -> ExitCode:
         """Answer the lines, write the output from all finished lines, and return the exit code."""
+        from flexgen.jobs.workers.place import remove_folder
+
         reason: object = None
         try:
             self.store.start_run(self.job.num_lines)
+            remove_folder(self.store.paths.workers)  # what workers of an earlier run had stored is in the database
             self._answer(workload)
             code = ExitCode.SOME_FAILED if self.store.num_failed else ExitCode.ALL_ANSWERED
         except Stopped:
@@ -100,21 +104,25 @@ class Answering:
 
         metrics: dict[str, object] = {"schema_version": SCHEMA_VERSION}  # all there is where nothing was left to do
         if len(workload):
-            report = self.llm.report()
-            if self.job.num_resumed:
-                kept = f"{counted(self.job.num_resumed, 'answer')} went on after {counted(self.job.tokens_kept, 'token')}"
-                again = counted(report.recomputed_tokens, "token was", "tokens were")
-                self.display.message(f"{kept} that earlier runs had generated; {again} computed again")
-            self.display.report(report, self._done())
-            if self.flags.verbose:
-                self.display.details(report)
-            metrics = dataclasses.asdict(report)
+            metrics |= self._report()
         else:
             nothing_new = self.store.num_found == self.job.num_lines  # otherwise all new lines failed when they were read
             what = "nothing was left to do" if nothing_new else "done"
             self.display.message(f"{what}: {self._done()}")
         if self.flags.metrics is not None:  # if that fails, the exit code is still that of the lines
             write_asked(self.flags.metrics, "--metrics", json.dumps({**metrics, "job": self._figures()}, indent=2) + "\n")
+
+    def _report(self) -> Mapping[str, object]:
+        """Show what the run did, and return its figures."""
+        report = self.llm.report()
+        if self.job.num_resumed:
+            kept = f"{counted(self.job.num_resumed, 'answer')} went on after {counted(self.job.tokens_kept, 'token')}"
+            again = counted(report.recomputed_tokens, "token was", "tokens were")
+            self.display.message(f"{kept} that earlier runs had generated; {again} computed again")
+        self.display.report(report, self._done())
+        if self.flags.verbose:
+            self.display.details(report)
+        return dataclasses.asdict(report)
 
     def _done(self) -> str:
         """Return a summary: the output, the number of lines with answers and errors, and how to retry errors."""

@@ -28,8 +28,10 @@ def export(
     from flexgen.jobs.export import DeliveryError, export_to_stream
     from flexgen.jobs.export import export as write
     from flexgen.jobs.folder import find_job
+    from flexgen.jobs.workers.collect import take_in_if_idle
 
     paths = find_job(job)
+    take_in_if_idle(paths)
     if to == Path("-"):
         check_stdout()
         try:

@@ -37,12 +37,17 @@ EXAMPLES = {
         ("flexgen run MODEL requests.jsonl -o answers.jsonl --host-mem 24GiB", "use no more memory than that"),
         ("flexgen run MODEL requests.jsonl -o answers.jsonl --dry-run", "only check the requests, and show the plan"),
         ("flexgen run MODEL requests.jsonl -o answers.jsonl --retry-errors", "once more for lines that ended in an error"),
+        ("flexgen run MODEL requests.jsonl -o answers.jsonl --workers 2", "divided between two processes"),
     ],
     "map": [
         ("flexgen map MODEL t.csv -o out.csv --prompt 'Summarise: {text}'", "a column `answer` with what the model says"),
         ("flexgen map MODEL t.csv -o out.csv --prompt '{text}' --choices yes,no", "the likelier of two answers"),
         ("flexgen map MODEL t.csv -o out.csv --prompt '{text}' --dry-run", "the first three prompts, and the plan"),
         ("flexgen map MODEL t.csv -o out.csv --prompt '{text}' --schema s.json", "a column for each property of the schema"),
+    ],
+    "work": [
+        ("flexgen work /shared/answers.jsonl", "one more worker, on any host that sees the folder of the job"),
+        ("flexgen work /shared/answers.jsonl --host-mem 24GiB --model /data/model", "with what this host has"),
     ],
     "plan": [
         ("flexgen plan MODEL --input requests.jsonl", "these requests, on this machine"),
@@ -107,8 +112,17 @@ EXAMPLES = {
 # Command -> pages of the documentation, which are in the repository and in the source distribution.
 PAGES = {
     "flexgen": ("docs/index.md",),
-    "run": ("docs/labelling.md", "docs/structured-output.md", "docs/requests.md", "docs/jobs.md", "docs/metrics.md", "docs/trace.md"),
-    "map": ("docs/tables.md", "docs/jobs.md", "docs/metrics.md", "docs/trace.md"),
+    "run": (
+        "docs/labelling.md",
+        "docs/structured-output.md",
+        "docs/requests.md",
+        "docs/jobs.md",
+        "docs/workers.md",
+        "docs/metrics.md",
+        "docs/trace.md",
+    ),
+    "map": ("docs/tables.md", "docs/jobs.md", "docs/workers.md", "docs/metrics.md", "docs/trace.md"),
+    "work": ("docs/workers.md",),
     "plan": ("docs/plans.md", "docs/models.md"),
     "profile": ("docs/plans.md",),
     "status": ("docs/jobs.md",),

@@ -19,6 +19,7 @@ from flexgen.cli.run_flags import RunFlags
 from flexgen.cli.signals import StopSignals
 from flexgen.cli.spelling import OF_JOBS
 from flexgen.cli.terminal import showing
+from flexgen.cli.worker_places import check_crew
 from flexgen.errors import FlexGenError, OptionError, StorageError
 from flexgen.jobs.interrupt import Stopped
 from flexgen.options import EngineOptions
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from flexgen.jobs.runner import Job
     from flexgen.jobs.serving import Judge
     from flexgen.jobs.store import Store
+    from flexgen.jobs.workers.task import SharedTask
     from flexgen.llm import LLM
     from flexgen.plan.workload import Workload
     from flexgen.report.show import Display
@@ -157,14 +159,17 @@ class JobCommand:
 
     def _answer_in(self, folder: JobFolder, llm: LLM) -> ExitCode:
         from flexgen.cli.answering import Answering
+        from flexgen.cli.shared_answering import SharedAnswering, divide, settle_formats
         from flexgen.jobs.begin import begin_job
         from flexgen.jobs.export import check_output
         from flexgen.jobs.input_file import settle_input
         from flexgen.jobs.runner import Job
         from flexgen.jobs.store import Store
+        from flexgen.jobs.workers.collect import take_in
 
         source = self.lines.to_answer(folder, llm)
         with Store(folder) as store:
+            take_in(store)
             check_output(folder.paths)
             defaults = self.lines.defaults(llm)
             settings = {"chat_template_kwargs": self.lines.keywords["chat_template_kwargs"], "input_format": self.lines.form}
@@ -177,15 +182,35 @@ class JobCommand:
             )  # fmt: skip
             workload = self._prepare_lines(job, store)
             self._describe(job, workload)
-            if len(workload):
+            crew, places = self.flags.crew, []
+            if crew is not None and len(workload):
+                settle_formats(llm, store, workload, max(crew.count, 1))
+                places = divide(crew, self.options)
+            elif len(workload):
                 self.display.plan(job.open(workload))
             folder.keep()
             job.source = settle_input(folder, source)
             if self.lines.output_form is not None:
                 store.keep_output_form(self.lines.output_form)
             with self.signals.deferred():
-                answering = Answering(llm=llm, job=job, store=store, flags=self.flags, display=self.display, signals=self.signals)
-                return answering.run(workload)
+                parts = {"llm": llm, "job": job, "store": store, "flags": self.flags, "display": self.display, "signals": self.signals}
+                if crew is None:
+                    return Answering(**parts).run(workload)
+                task = self._shared_task(llm, store, job.source, defaults, settings)
+                return SharedAnswering(**parts, task=task, places=places).run(workload)
+
+    def _shared_task(self, llm: LLM, store: Store, source: Path, defaults: SamplingParams, settings: Mapping[str, Any]) -> SharedTask:
+        """Return what the workers of the run have to know."""
+        from flexgen.cli.shared_answering import shared_task
+        from flexgen.jobs.identity import identity_of
+
+        assert self.flags.crew is not None
+        return shared_task(
+            llm, store, model=self.flags.model, source=source, keywords=self.lines.keywords, defaults=defaults,
+            input_format=self.lines.form, output_form=self.lines.output_form, identity=identity_of(llm.model, defaults, **settings),
+            num_workers=max(self.flags.crew.count, 1), checkpoint_seconds=self.flags.checkpoint_seconds,
+            lease_seconds=self.flags.lease_seconds, attempts=self.flags.attempts, reports=self.flags.metrics is not None,
+        )  # fmt: skip
 
     def _describe(self, job: Job, workload: Workload) -> None:
         """Show what is about to be answered, and what may be unintended about it."""
@@ -219,8 +244,14 @@ def run_job(flags: RunFlags, open_lines: Callable[[], JobLines], options: Engine
         options: The options of the engine.
 
     Raises:
-        OptionError: The trace has nothing to show, or its file is another one of the job.
+        OptionError: The trace has nothing to show, or its file is another one of the job; or several workers cannot honour the options.
     """
+    if flags.dry_run and flags.crew is not None:
+        raise OptionError("--dry-run plans for one process: leave out --workers")
+    if flags.crew is not None:
+        if options.stages is not None and options.stages > 1:
+            raise OptionError("--workers run the whole model each, and --stages divide it: leave out one of them")
+        check_crew(flags.crew, options)
     follow_if_told(flags.model, options)
     if flags.dry_run and options.trace is not None:
         raise OptionError("--dry-run has nothing to trace: leave out --trace")

@@ -11,9 +11,12 @@ import typer
 from flexgen.base.files import check_target
 from flexgen.cli.options import Model, ProgressFlag, VerboseFlag, check_file, check_parent, is_there, seconds
 from flexgen.cli.streams import check_stdin, check_stdout
+from flexgen.cli.worker_places import Crew
 from flexgen.errors import OptionError
 
 AGAIN = "The job and its earlier runs"
+WORKERS = "Several workers (docs/workers.md)"
+_LEAST_LEASE_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +63,24 @@ class RunFlags:
         typer.Option(metavar="TIME", parser=seconds, help="Store the tokens of answers in progress this often.", rich_help_panel=AGAIN),
     ] = 30.0
 
+    workers: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N|DEVICES",
+            help="Divide the job among N processes, or one per device (cuda:0,cuda:1); 0 leaves it to `flexgen work`.",
+            rich_help_panel=WORKERS,
+        ),
+    ] = None
+    lease_seconds: Annotated[
+        float,
+        typer.Option(
+            metavar="TIME", parser=seconds, help="Take over the lines of a worker that was silent so long.", rich_help_panel=WORKERS
+        ),
+    ] = 60.0
+    attempts: Annotated[
+        int, typer.Option(metavar="N", min=2, help="A line that so many workers died with ends in an error.", rich_help_panel=WORKERS)
+    ] = 3
+
     def __post_init__(self) -> None:
         for name in ("source", "output"):
             if getattr(self, name) == Path("-"):
@@ -69,6 +90,15 @@ class RunFlags:
     def source_is_stream(self) -> bool:
         """Whether the input can be read only once: standard input, a named pipe, or a shell's `<(...)`."""
         return self.source is None or not self.source.is_file()
+
+    @property
+    def crew(self) -> Crew | None:
+        """The workers that the run starts; None for a run that answers by itself.
+
+        Raises:
+            OptionError: `--workers` is neither a number nor a list of devices.
+        """
+        return None if self.workers is None else Crew.parse(self.workers)
 
     @property
     def sampling(self) -> dict[str, Any]:
@@ -95,6 +125,9 @@ def check_job(flags: RunFlags) -> None:
         OptionError: A path cannot be used, or flags contradict each other.
         StorageError: The output cannot be written, or a standard stream is closed.
     """
+    _ = flags.crew
+    if flags.lease_seconds < _LEAST_LEASE_SECONDS:
+        raise OptionError(f"--lease-seconds {flags.lease_seconds:g}: workers that live may be silent for {_LEAST_LEASE_SECONDS:g} seconds")
     check_parent(flags.output, "--output")
     check_target(flags.output)
     check_file(flags.metrics, "--metrics")

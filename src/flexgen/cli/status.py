@@ -16,6 +16,7 @@ from flexgen.cli.spelling import in_flags
 
 if TYPE_CHECKING:
     from flexgen.jobs.status import JobStatus
+    from flexgen.jobs.workers.status import WorkerStatus
 
 
 @command
@@ -44,6 +45,15 @@ def format_status(status: JobStatus) -> str:
         f"  {done:,} of {total} done ({status.failed:,} with errors), {in_progress}; "
         f"{status.prompt_tokens:,} prompt and {counted(status.output_tokens, 'output token')}\n"
         f"  latest run: {_times(status)}, {status.lines_per_s:,.2f} lines/s, {_tokens_per_s(status)}{_eta(status)}"
+    ) + "".join(f"\n  {_worker(each)}" for each in status.workers)
+
+
+def _worker(worker: WorkerStatus) -> str:
+    leases = f", leases {', '.join(worker.leases)}" if worker.leases else ""
+    reason = f" ({in_flags(worker.reason)})" if worker.reason else ""
+    return (
+        f"worker {worker.process} on {worker.host}: {worker.state}{reason}; {counted(worker.lines, 'line')} stored, "
+        f"{worker.in_progress:,} in progress, {counted(worker.output_tokens, 'output token')}{leases}"
     )
 
 

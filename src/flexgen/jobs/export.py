@@ -22,6 +22,7 @@ from flexgen.base.quantities import MIB
 from flexgen.errors import JobError, OptionError, StorageError
 from flexgen.jobs.database import connect, transaction, translated
 from flexgen.jobs.folder import JobFolder, JobPaths
+from flexgen.jobs.workers.place import remove_folder
 from flexgen.tables.form import TableForm
 from flexgen.tables.join import write_table
 
@@ -131,6 +132,7 @@ def remove_job(folder: JobFolder) -> None:
                 paths.output.unlink(missing_ok=True)
     with _turn(paths):
         pass  # taking the turn removes the file that a killed export left
+    remove_folder(paths.workers)
     folder.remove_state()
 
 

@@ -17,6 +17,7 @@ from flexgen.errors import JobError, OptionError, StorageError
 from flexgen.jobs.spelling import PYTHON, Spelling
 
 _SUFFIX = ".flexgen"
+_WORKERS = "workers"
 _USUAL_NAME_BYTES = 255
 _DATABASE_BYTES = 504  # SQLite allows 512 for the longest of its file paths
 _LOCK_TRIES = 4  # `flexgen status` holds the lock for a moment
@@ -50,6 +51,11 @@ class JobPaths:
     def new_input(self) -> Path:
         """The file in which a new copy of the input is written before it replaces `input_copy`."""
         return self.folder / "input.new"
+
+    @property
+    def workers(self) -> Path:
+        """The folder that workers share: beside the output, where other hosts can find it even if the state lies elsewhere."""
+        return (self.folder if self.output is None else _beside(self.output)) / _WORKERS
 
     @property
     def name(self) -> str:
@@ -113,6 +119,13 @@ def find_job(named: Path) -> JobPaths:
             if paths.database.is_file():
                 return paths
     raise JobError(f"there is no job of {named} (neither {beside.database} nor {inside.database} exists)")
+
+
+def find_workers(named: Path) -> Path:
+    """Return the folder that the workers of a job share, whose output or folder is `named`; it may not exist."""
+    named = named.absolute()
+    beside = _beside(named) / _WORKERS
+    return beside if beside.is_dir() or not (named / _WORKERS).is_dir() else named / _WORKERS
 
 
 class JobFolder:

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import itertools
 import logging
-import time
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from flexgen.api.job_request import JobRequest
@@ -20,10 +19,11 @@ from flexgen.base.quantities import counted
 from flexgen.base.steps import counted_lines, step
 from flexgen.base.text_input import READ_ERRORS, open_input
 from flexgen.errors import EngineError, OutOfMemoryError, RequestError, StorageError, is_out_of_memory
+from flexgen.jobs.checkpoints import Checkpoints, rescue
 from flexgen.jobs.checks import HEAD_LINES, check_head, check_strictly
 from flexgen.jobs.duplicate_ids import Census
 from flexgen.jobs.forms import Forms, Remarks
-from flexgen.jobs.interrupt import Stopped, StopRequest
+from flexgen.jobs.interrupt import StopRequest
 from flexgen.jobs.lines import Line, read_lines
 from flexgen.jobs.model import JobModel
 from flexgen.jobs.reading import Reader, line_and_choice
@@ -32,7 +32,7 @@ from flexgen.jobs.store import Store
 from flexgen.plan.tell.forecast import Plan
 from flexgen.plan.workload import Workload
 from flexgen.report.progress import Progress
-from flexgen.request import PartialAnswer, SamplingParams, TokenRequest
+from flexgen.request import SamplingParams, TokenRequest
 from flexgen.session.lengths import RequestLengths
 from flexgen.text.common_prefixes import NO_PREFIXES
 
@@ -83,12 +83,13 @@ class Job:
         self.first_bad = ""
         self.started = False
         self.num_resumed = self.tokens_kept = 0
-        self._checkpoint_seconds, self._next_checkpoint = checkpoint_seconds, 0.0
+        self._checkpoint_seconds = checkpoint_seconds
         self._planned_seconds: float | None = None
         self._stop, self._judge = stop or StopRequest(), judge
         self._input_format, self._name = input_format, name
         self.remarks = Remarks(model.name)
         self._pending = array("Q")  # digests of the lines that the scan left for the model, in the order of the input
+        self._numbers = array("Q")  # the numbers of these lines
         self._prefixes = NO_PREFIXES  # common prefixes of the prompts of these lines
 
     @property
@@ -100,6 +101,11 @@ class Job:
     def num_left(self) -> int:
         """The number of lines that the scan left for the model."""
         return len(self._pending)
+
+    @property
+    def left(self) -> tuple[array[int], array[int]]:
+        """The numbers and the digests of these lines."""
+        return self._numbers, self._pending
 
     # -- before the start ---------------------------------------------------------------------------------------------------------------
 
@@ -141,7 +147,7 @@ class Job:
         Raises:
             StorageError: The input cannot be read, or an error cannot be stored.
         """
-        self.num_lines, self._pending, self.remarks = 0, array("Q"), Remarks(self.model.name)
+        self.num_lines, self._pending, self._numbers, self.remarks = 0, array("Q"), array("Q"), Remarks(self.model.name)
         census, lengths = Census(), RequestLengths(self.model.prefix_census())
         for request, token_requests in self._reader().read(self._unanswered()):
             census.add(request.line_number, request.id)
@@ -150,6 +156,7 @@ class Job:
                 continue
             self.remarks.note(request)
             self._pending.append(request.digest)
+            self._numbers.append(request.line_number)
             kept = self.store.kept(request.line_number, request.digest) if self.store is not None else {}
             for each in token_requests:
                 _, choice = line_and_choice(each.index)
@@ -190,11 +197,10 @@ class Job:
         if self.store is None or not len(workload):
             return
         serving = Serving(self.model, self.store, self._judge)
-        self._next_checkpoint = time.monotonic() + self._checkpoint_seconds
         try:
             self._answer(serving, self.store, workload, on_progress)
         except BaseException as error:
-            _rescue(self.store)
+            rescue(self.store)
             if is_out_of_memory(error):
                 raise OutOfMemoryError(f"memory ran out ({error}): lower max_num_seqs or micro_batch_tokens") from error
             raise
@@ -228,31 +234,18 @@ class Job:
                 workload = self.scan()
 
     def _answer(self, serving: Serving, store: Store, workload: Workload, on_progress: Callable[[Progress], None] | None) -> None:
-        unfinished: Iterable[PartialAnswer] = ()
         tell = store.run.teller(store.num_output_tokens, self._planned_seconds)
 
-        def within_pass(progress: Progress) -> None:
-            store.commit_if_due()
-            if self._stop.overdue:
-                store.commit(serving.progress(unfinished))
-                raise Stopped
+        def told(progress: Progress) -> None:
             tell(progress)
             if on_progress is not None:
                 on_progress(progress)
 
-        def after_pass(live: Iterable[PartialAnswer]) -> None:
-            nonlocal unfinished
-            unfinished = live
-            asked = self._stop.asked  # read once, because it may change between two reads
-            if asked or time.monotonic() >= self._next_checkpoint:
-                store.commit(serving.progress(live))
-                self._next_checkpoint = time.monotonic() + self._checkpoint_seconds
-            if asked:
-                raise Stopped
-
+        checkpoints = Checkpoints(store, serving, self._stop, seconds=self._checkpoint_seconds, tell=told)
         step(f"answering {self.name}")
         requests = self._token_requests(serving, store)
-        for result in self.model.stream(requests, workload, prefixes=self._prefixes, on_progress=within_pass, on_pass=after_pass):
+        how = {"prefixes": self._prefixes, "on_progress": checkpoints.within_pass, "on_pass": checkpoints.after_pass}
+        for result in self.model.stream(requests, workload, **how):
             serving.take(result)
         store.commit()
         self.num_resumed, self.tokens_kept = serving.num_resumed, serving.tokens_kept
@@ -311,11 +304,3 @@ class Job:
             yield line
         if num_left < len(self._pending):
             raise StorageError(f"{self.source} changed while it was being answered")
-
-
-def _rescue(store: Store) -> None:
-    """Store finished lines when a run stops for any reason."""
-    try:
-        store.commit()
-    except StorageError as error:
-        logger.warning("what was finished last could not be stored, and will be answered again: %s", error)

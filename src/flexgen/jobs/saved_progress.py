@@ -69,10 +69,13 @@ def since(generated: Generated, start: int) -> Generated:
 
 
 def write(connection: sqlite3.Connection, rows: Iterable[tuple[int, ProgressRow]]) -> None:
-    """Add (digest, row) pairs within the caller's transaction, with digests as signed integers."""
+    """Add (digest, row) pairs within the caller's transaction, with digests as signed integers.
+
+    A row that starts at 0 begins its choice anew.
+    """
     rows = list(rows)
-    begun = ((row.line_number, row.choice, digest) for digest, row in rows if row.start == 0)
-    connection.executemany("DELETE FROM begun WHERE line = ? AND choice = ? AND digest != ?", begun)
+    begun = ((row.line_number, row.choice) for _, row in rows if row.start == 0)
+    connection.executemany("DELETE FROM begun WHERE line = ? AND choice = ?", begun)
     connection.executemany("INSERT OR REPLACE INTO begun VALUES (?, ?, ?, ?, ?, ?, ?, ?)", (_row(digest, each) for digest, each in rows))
 
 
@@ -80,15 +83,29 @@ def read(connection: sqlite3.Connection, line_number: int, digest: int) -> dict[
     """Return the progress that earlier runs stored for a line, by choice; progress of a line with another digest is left out."""
     found: dict[int, SavedProgress] = {}
     query = "SELECT choice, start, token_ids, logprobs, ending FROM begun WHERE line = ? AND digest = ? ORDER BY choice, start"
-    for choice, start, token_ids, logprobs, ending in connection.execute(query, (line_number, digest)):
-        before = found.get(choice, SavedProgress()).generated
-        if start != len(before.token_ids):
-            continue  # a row of an earlier attempt at the line, which these tokens do not follow
-        found[choice] = SavedProgress(
-            generated=_joined(before, tuple(json.loads(token_ids)), logprobs),
-            ending=None if ending is None else json.loads(ending),
-        )
+    for row in connection.execute(query, (line_number, digest)):
+        follow(found, *row)
     return found
+
+
+def follow(found: dict[int, SavedProgress], choice: int, start: int, token_ids: str, logprobs: str | None, ending: str | None) -> None:
+    """Add a row to the progress of a line, if it follows what is there.
+
+    Args:
+        found: The progress by choice, which is changed.
+        choice: The choice of the row.
+        start: The number of tokens before it.
+        token_ids: The tokens, see `texts`.
+        logprobs: Their log probabilities.
+        ending: The rest of the choice's result.
+    """
+    before = found.get(choice, SavedProgress()).generated if start else Generated()
+    if start != len(before.token_ids):
+        return  # a row of an earlier attempt at the line, which these tokens do not follow
+    found[choice] = SavedProgress(
+        generated=_joined(before, tuple(json.loads(token_ids)), logprobs),
+        ending=None if ending is None else json.loads(ending),
+    )
 
 
 def stale(connection: sqlite3.Connection, digests: Sequence[int]) -> list[tuple[int, int]]:
@@ -108,16 +125,21 @@ def forget(connection: sqlite3.Connection, lines: Iterable[tuple[int, int]]) -> 
 
 
 def _row(digest: int, row: ProgressRow) -> tuple[Any, ...]:
+    return (row.line_number, row.choice, row.start, digest, len(row.generated.token_ids), *texts(row))
+
+
+def texts(row: ProgressRow) -> tuple[str, str | None, str | None]:
+    """Return the tokens of a row, their log probabilities, and the rest of the choice's result if it is finished, as JSON texts."""
     generated, result = row.generated, row.result
     ending = None
     if result is not None:
         scores = None if result.prompt_logprobs is None else _to_json(result.prompt_logprobs)
         ending = {"finish_reason": result.finish_reason, "stop_string": result.stop_string, "prompt_logprobs": scores}
     return (
-        row.line_number, row.choice, row.start, digest, len(generated.token_ids), json.dumps(generated.token_ids),
+        json.dumps(generated.token_ids),
         None if generated.logprobs is None else json.dumps(_to_json(generated.logprobs)),
         None if ending is None else json.dumps(ending),
-    )  # fmt: skip
+    )
 
 
 def _joined(before: Generated, token_ids: tuple[int, ...], logprobs: str | None) -> Generated:

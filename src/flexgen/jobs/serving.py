@@ -12,8 +12,8 @@ from flexgen.base.isolation import for_one_request
 from flexgen.errors import RequestError
 from flexgen.jobs.model import JobModel
 from flexgen.jobs.reading import line_and_choice
+from flexgen.jobs.results import Results
 from flexgen.jobs.saved_progress import ProgressRow, since
-from flexgen.jobs.store import Store
 from flexgen.outputs import RequestOutput
 from flexgen.request import Generated, PartialAnswer, TokenRequest, TokenResult
 from flexgen.text.choices import classified
@@ -27,7 +27,7 @@ class Serving:
 
     Args:
         model: The model.
-        store: The state of the job, which takes results and has the tokens that earlier runs generated.
+        store: What takes the results, and has the tokens that earlier runs generated.
         judge: Says which answers are errors of their lines; None where every answer counts.
 
     Attributes:
@@ -36,7 +36,7 @@ class Serving:
         tokens_kept: Number of tokens of those answers that are not generated again.
     """
 
-    def __init__(self, model: JobModel, store: Store, judge: Judge | None = None) -> None:
+    def __init__(self, model: JobModel, store: Results, judge: Judge | None = None) -> None:
         self._model, self._store, self._judge = model, store, judge
         # Line number -> the line, the engine's request for each of its choices, and the results of finished choices, by choice.
         self._lines: dict[int, tuple[JobRequest, Sequence[TokenRequest], dict[int, TokenResult]]] = {}
@@ -47,6 +47,11 @@ class Serving:
     def num_unfinished(self) -> int:
         """The number of lines that were handed to the model and have no result."""
         return len(self._lines)
+
+    @property
+    def num_awaited(self) -> int:
+        """The number of answers that are awaited from the model."""
+        return sum(len(token_requests) - len(results) for _, token_requests, results in self._lines.values())
 
     def requests(self, request: JobRequest, token_requests: Sequence[TokenRequest]) -> Iterator[TokenRequest]:
         """Yield the engine's requests for a line, which go on after the tokens that earlier runs have stored."""
@@ -156,7 +161,7 @@ def _num_prompt_tokens(request: JobRequest, token_requests: Sequence[TokenReques
     return sum(len(each.prompt_token_ids) for each in token_requests[:: request.params.n])
 
 
-def add_failure(store: Store, request: JobRequest, error: RequestError) -> None:
+def add_failure(store: Results, request: JobRequest, error: RequestError) -> None:
     """Store the record of a line that ended in an error."""
     store.add(request.line_number, request.digest, _encoded(request.form.failure(request, error)), failed=True)
 

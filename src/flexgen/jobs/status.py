@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from flexgen.jobs.database import connect, translated
 from flexgen.jobs.folder import JobPaths, running_process
 from flexgen.jobs.runs import Run, Snapshot, latest_run, latest_snapshot
+from flexgen.jobs.workers.status import WorkerStatus, read_workers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +42,7 @@ class JobStatus:
         lines_per_s: Finished lines per second of the latest run.
         eta_seconds: Time left from now on, by the run's own estimate; None where there is no estimate.
         eta_age_seconds: Age of that estimate; None where there is no estimate.
+        workers: The workers of the latest run, if it has any and is not over.
     """
 
     name: str
@@ -62,6 +64,7 @@ class JobStatus:
     lines_per_s: float
     eta_seconds: float | None
     eta_age_seconds: float | None
+    workers: tuple[WorkerStatus, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,7 +106,8 @@ def read_status(paths: JobPaths) -> JobStatus:
     if told is not None and told.updated >= (run.updated or 0.0):
         run = dataclasses.replace(run, seconds=told.run_seconds, tokens=told.output_tokens, updated=told.updated)
     is_live = told is not None and process is not None and told.process == process and latest.ending is None
-    return _status(paths.name, process, latest, run, results, told if is_live else None, told)
+    found = _status(paths.name, process, latest, run, results, told if is_live else None, told)
+    return dataclasses.replace(found, workers=read_workers(paths))
 
 
 def _status(
