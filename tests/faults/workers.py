@@ -45,7 +45,7 @@ class WorkerFault(Fault):
         by_hand: So many workers are started with `flexgen work`.
         in_run: Whether a failpoint is struck in the run itself, and not in a worker.
         hits: The times, after the start of the run, at which a signal is sent to some worker.
-        wakes: Whether a worker that was stopped is woken after its lines were taken over.
+        wakes: Whether a worker that was stopped is woken soon after its lines were taken over, and not long after.
         kills_line: A line that kills its worker at the next pass; 0 for none.
     """
 
@@ -167,7 +167,8 @@ class WorkerWorkshop(Workshop):
                 due.pop(0)
                 target = self._strike(job, numbers, fault.number)
                 stopped += [(now, target)] if fault.number == signal.SIGSTOP and target else []
-            for each in [each for each in stopped if fault.wakes and now - each[0] > 1.5 * LEASE_SECONDS]:
+            # In the end even those that are to sleep longer are woken: all may have been stopped, and a run waits for its workers.
+            for each in [each for each in stopped if now - each[0] > (1.5 if fault.wakes else 6) * LEASE_SECONDS]:
                 stopped.remove(each)
                 _send(each[1], signal.SIGCONT)
             if now > PATIENCE_SECONDS:

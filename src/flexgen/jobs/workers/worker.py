@@ -138,6 +138,7 @@ class _Worker:
         max_num_seqs = self._model.open(workload).policy.max_num_seqs
         held: list[Offer] = []
         while True:
+            self._check_stop()  # reading and opening the engine may have taken long
             if not self.results.held:
                 offer = self._leasing.take(0, max_num_seqs)
                 held = [offer] if offer is not None else []
@@ -156,13 +157,15 @@ class _Worker:
             elif not held:
                 self._wait()
 
+    def _check_stop(self) -> None:
+        if self._stop.asked:
+            raise Stopped
+
     def _wait(self) -> None:
         """Wait until other workers have finished their lines, or left some behind."""
         self._member.tell(now=not self._waits, state="waiting", leases=())
         self._waits = True
         time.sleep(_POLL_SECONDS)
-        if self._stop.asked:
-            raise Stopped
         if not self._folder.is_current:
             raise StorageError("the run is over")
 
