@@ -57,7 +57,7 @@ class Ranks:
     @classmethod
     def join(
         cls, environment: Mapping[str, str], interface: str | None = None, timeout: float = JOIN_SECONDS, *,
-        timings: Timings | None = None, limits: Limits | None = None, watchdog: bool = True,
+        patience: float | None = None, timings: Timings | None = None, limits: Limits | None = None, watchdog: bool = True,
         while_waiting: Callable[[], None] = lambda: None,
     ) -> Ranks:  # fmt: skip
         """Join the other ranks, and wait until all are there.
@@ -66,6 +66,7 @@ class Ranks:
             environment: The environment as torchrun or `launch.py` writes it.
             interface: The network interface for all connections; None: that towards MASTER_ADDR.
             timeout: Seconds until all ranks must be there, and later the two ends of every channel.
+            patience: Seconds until all ranks must be there, where some have much to do before they come; None: as `timeout`.
             timings: When a rank counts as lost.
             limits: The largest frames.
             watchdog: Whether this process may be ended when a rank is lost and its main thread is stuck.
@@ -80,7 +81,7 @@ class Ranks:
         timings = timings or Timings()
         store = _opened(place, address, timeout)
         try:
-            hosts = _hosts(place, store, timeout, while_waiting)
+            hosts = _hosts(place, store, timeout if patience is None else patience, while_waiting)
             health = Health(
                 place.rank, hosts, lambda: _connected(place, timeout),
                 store_rank=None if place.agent_serves else 0, timings=timings, watchdog=watchdog,

@@ -36,7 +36,7 @@ from flexgen.session.model import ResolvedModel
 from flexgen.session.prepare import Described, describe
 from flexgen.session.stage_device import see_own_device
 from flexgen.session.stage_facts import stage_facts
-from flexgen.session.stage_group import JOB, PROBE_BYTES, PROBE_FRAMES
+from flexgen.session.stage_group import JOB, PATIENCE_SECONDS, PROBE_BYTES, PROBE_FRAMES
 from flexgen.session.stage_runner import open_stage
 from flexgen.session.stage_traces import TRACE, send_trace, trace_of_stage
 from flexgen.session.weights import in_weight_format
@@ -216,7 +216,7 @@ def follow(ranks: Ranks, model: str, options: EngineOptions) -> int:
             files = in_weight_format(files_of(model, options), options)
             found = ResolvedModel(files, options)
             found.check()
-            check_agreement(ranks, stage_facts(found, ranks.size))
+            check_agreement(ranks, stage_facts(found, ranks.size), timeout=PATIENCE_SECONDS)
             Stage(found, ranks).run()
         except StageError as error:
             sys.stderr.write(f"flexgen: {error}\n")
@@ -234,7 +234,7 @@ def follow_leader(model: str, options: EngineOptions) -> int:
     """Serve as the stage that the environment names; see `follow`."""
     own_cores(place_of(os.environ))
     see_own_device(options.devices)
-    return follow(Ranks.join(os.environ, interface=options.interface), model, options)
+    return follow(Ranks.join(os.environ, options.interface, patience=PATIENCE_SECONDS), model, options)
 
 
 def main() -> int:

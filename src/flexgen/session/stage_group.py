@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 JOB = "job"  # the key under which the leader tells followers that it started what to do
 PROBE_FRAMES, PROBE_BYTES = 8, MIB  # what measures the rate of a link
+PATIENCE_SECONDS = 24 * 3600.0  # for what takes a stage long while it is well: downloads, conversions, loading
 LOOPBACK = "lo"
 FOLLOWER = "flexgen.session.follower"  # the module that they run
 
@@ -49,7 +50,7 @@ def join_stages(found: ResolvedModel, num_stages: int) -> StageGroup:
         if is_placed(os.environ):
             if (cores := own_cores(place_of(os.environ))) is not None:
                 opened.callback(cores.close)
-            ranks = Ranks.join(os.environ, options.interface)
+            ranks = Ranks.join(os.environ, options.interface, patience=PATIENCE_SECONDS)
             opened.push(ranks)
             if ranks.size != num_stages:
                 raise OptionError(f"stages={num_stages}, and torchrun has started {ranks.size} processes: both must be the same")
@@ -63,7 +64,7 @@ def join_stages(found: ResolvedModel, num_stages: int) -> StageGroup:
             ranks = Ranks.join(followers.environment, interface, while_waiting=followers.check)
             opened.push(ranks)
             ranks.publish(JOB, {"model": str(found.files.name), "options": dataclasses.asdict(options)})
-        check_agreement(ranks, stage_facts(found, num_stages))
+        check_agreement(ranks, stage_facts(found, num_stages), timeout=PATIENCE_SECONDS)
         return StageGroup(found, ranks, opened.pop_all())
 
 
@@ -95,7 +96,7 @@ class StageGroup:
 
     def gather(self, key: str) -> list[dict[str, Any]]:
         """Wait for what each follower publishes under `key`, and return it in the order of the stages, the second first."""
-        return [self.ranks.lookup(f"{key}/{rank}") for rank in range(1, self.ranks.size)]
+        return [self.ranks.lookup(f"{key}/{rank}", PATIENCE_SECONDS) for rank in range(1, self.ranks.size)]
 
     def probe(self) -> None:
         """Send what every link's rate is measured with."""
