@@ -47,7 +47,7 @@ VLLM_OUTPUT_FIELDS = {"index", "text", "token_ids", "cumulative_logprob", "logpr
 VLLM_REQUEST_FIELDS = {"request_id", "prompt", "prompt_token_ids", "prompt_logprobs", "outputs", "finished"}
 VLLM_CLASSIFICATION_FIELDS = {"request_id", "prompt_token_ids", "outputs", "finished"}
 # Options that `run` has no flag for: accepted as keywords only to be refused with a reason; a flag of `bench`.
-NO_FLAG = {"trust_remote_code", "overlap"}
+NO_FLAG = {"trust_remote_code", "overlap", "devices"}
 
 
 def test_every_public_name_exists_and_says_what_it_is() -> None:

@@ -6,13 +6,12 @@ import json
 from importlib import metadata
 from typing import Any
 
-import flexgen
 from flexgen.base.digests import digest_of
 from flexgen.hub.model_files import ModelFiles, weight_paths
 from flexgen.session.fingerprint import stated
 from flexgen.session.model import ResolvedModel
 
-_PACKAGES = ("torch", "transformers", "numba")
+_PACKAGES = ("flexgen-engine", "torch", "transformers", "numba")
 _SAMPLES, _SAMPLE_BYTES = 16, 4096  # of each file of weights, at equal distances
 
 
@@ -23,7 +22,7 @@ def stage_facts(found: ResolvedModel, num_stages: int) -> dict[str, Any]:
         ModelError: A file of the model cannot be understood.
         OptionError: As for `ResolvedModel.dtype`.
     """
-    versions = {"version of flexgen": flexgen.__version__} | {f"version of {name}": metadata.version(name) for name in _PACKAGES}
+    versions = {f"version of {name}": metadata.version(name) for name in _PACKAGES}
     return versions | {
         "number of stages": num_stages,
         "config.json": digest_of([json.dumps(found.files.config, sort_keys=True).encode()], 8),

@@ -142,6 +142,6 @@ class Supply:
 def _died(offer: Offer) -> RequestError:
     message = (
         f"{offer.deaths} workers died while they answered this line, the last one with no other line (out of memory, or a crash); "
-        "a run that tries errors again (--retry-errors) tries it again"
+        "a run that tries errors again tries it again"
     )
     return RequestError(message, code="worker_died")
