@@ -172,7 +172,7 @@ class RunReport:
     efficiency_at_check: float | None = None
     overlapping: bool = True
     formats: FormatChoice | None = None
-    stages: tuple[StageReport, ...] = ()
+    stages: list[StageReport] = field(default_factory=list[StageReport])
     schema_version: int = SCHEMA_VERSION
 
     def to_json(self) -> str:

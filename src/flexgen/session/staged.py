@@ -187,7 +187,7 @@ def _stage_message(stage: StagePlan) -> dict[str, Any]:
 
 def stage_reports(
     stages: StagesPlan, figures: Sequence[Mapping[str, Any]], hosts: Sequence[str], elapsed: float
-) -> tuple[StageReport, ...]:
+) -> list[StageReport]:
     """Return what each stage was planned to do, and what it did.
 
     Args:
@@ -204,7 +204,7 @@ def stage_reports(
             planned_pass_seconds=stage.seconds_per_pass, passes=told["passes"], pass_seconds=seconds / max(told["passes"], 1),
             busy_share=seconds / max(elapsed, 1e-9), waits=told["waits"], bytes_moved=told["bytes_moved"],
         ))  # fmt: skip
-    return tuple(found)
+    return found
 
 
 def plan_only(found: ResolvedModel, options: EngineOptions, workload: Workload, group: StageGroup) -> Plan:
