@@ -185,9 +185,7 @@ def _stage_message(stage: StagePlan) -> dict[str, Any]:
     return {"layers": [stage.layers.start, stage.layers.stop], "policy": dataclasses.asdict(stage.plan.policy)}
 
 
-def stage_reports(
-    stages: StagesPlan, figures: Sequence[Mapping[str, Any]], hosts: Sequence[str], elapsed: float
-) -> list[StageReport]:
+def stage_reports(stages: StagesPlan, figures: Sequence[Mapping[str, Any]], hosts: Sequence[str], elapsed: float) -> list[StageReport]:
     """Return what each stage was planned to do, and what it did.
 
     Args:

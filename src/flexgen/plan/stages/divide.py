@@ -13,6 +13,7 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from flexgen.errors import CapacityError, OptionError
@@ -35,6 +36,8 @@ __all__ = ["ROUND_TRIP", "LinkRate", "StagePlan", "StagesPlan", "again", "divide
 ROUNDS, ATTEMPTS = 4, 4
 # The share of the usual effort of a search for a plan that is only compared with others.
 HASTY = 0.1
+# The most machines for which borders are moved one by one.
+MOST_MOVED = 8
 # Machines on which nothing fits count as so many times slower than the fastest, in the first cut.
 LEAST_RATE = 1e-3
 
@@ -160,6 +163,9 @@ def _divided(
                 raise
             break
         plan = _told(cut, [search.plan(*each, common, hasty=hasty) for each in enumerate(cut)], link, workload)
+        if len(machines) <= MOST_MOVED and (search.are_unequal or plan.bound_by == ROUND_TRIP):
+            cut = _moved(search, edges, cut, common)
+            plan = _told(cut, [search.plan(*each, common, hasty=hasty) for each in enumerate(cut)], link, workload)
         nearest = _outcome(plan)
         if not asked.excess(nearest.request_seconds, nearest.seconds):
             return plan
@@ -169,6 +175,36 @@ def _divided(
         cut, common = _chosen(search, edges, Bounds(), hasty=True)
         nearest = _outcome(_told(cut, [search.plan(*each, common, hasty=True) for each in enumerate(cut)], link, workload))
     raise CapacityError(too_slow(asked, nearest))
+
+
+def _moved(search: StageSearch, edges: Sequence[int], cut: Layers, common: Common) -> Layers:
+    """Return the cut from which no move of one border makes the whole faster, beginning with one that is best for the slowest stage.
+
+    That is not the same where a block is back at the first stage later than all others need, and where the costs of unequal machines
+    were found with too little effort.
+    """
+
+    def cost(borders: Sequence[int]) -> Cost:
+        layers = [range(edges[start], edges[stop]) for start, stop in pairwise(borders)]
+        try:
+            plans = [search.plan(*each, common, hasty=True) for each in enumerate(layers)]
+        except CapacityError:
+            return NO_PLAN
+        told = forecast_stages(plans, search.link, search.workload).forecast
+        return told.num_refused, told.seconds
+
+    borders = [edges.index(each.start) for each in cut] + [len(edges) - 1]
+    best = cost(borders)
+    for step in (4, 2, 1):
+        for place in range(1, len(borders) - 1):
+            for move in (step, -step):
+                while borders[place - 1] < borders[place] + move < borders[place + 1]:
+                    other = [*borders[:place], borders[place] + move, *borders[place + 1 :]]
+                    found = cost(other)
+                    if found >= best:
+                        break
+                    borders, best = other, found
+    return tuple(range(edges[start], edges[stop]) for start, stop in pairwise(borders))
 
 
 def _outcome(plan: StagesPlan) -> Outcome:

@@ -144,6 +144,11 @@ class StageSearch:
             self._rates[key] = Search(self._space(stage, layers, None)).steady_rate()
         return self._rates[key]
 
+    @property
+    def are_unequal(self) -> bool:
+        """Whether some machines or budgets differ from others."""
+        return len(set(self._alike)) > 1
+
     def common(self, stage: int, layers: range, bounds: Bounds, patience: float | None) -> Common:
         """Return what is best for a stage by itself.
 
