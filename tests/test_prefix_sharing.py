@@ -15,6 +15,7 @@ import torch
 
 from flexgen.devices.sim import SimulatedDevice
 from flexgen.engine.admission import Admission, LengthForecast
+from flexgen.engine.blocks import Block
 from flexgen.engine.engine import Engine
 from flexgen.engine.sequence import LiveSequence
 from flexgen.kv.pages import PagePool
@@ -299,12 +300,12 @@ def test_prompts_with_other_frequencies_do_not_share(name: str, tmp_path: Path, 
     config = tiny_config(model_type, **changes)
     reference = parity.build(config)
     parity.save(reference, tmp_path)
-    outgrew = Engine._outgrew
+    outgrew = Block._outgrew
 
-    def outgrew_or_unlucky(engine: Engine, sequence: LiveSequence) -> bool:
-        return outgrew(engine, sequence) or (sequence.num_generated == 5 and sequence.num_preemptions < 2)
+    def outgrew_or_unlucky(block: Block, sequence: LiveSequence) -> bool:
+        return outgrew(block, sequence) or (sequence.num_generated == 5 and sequence.num_preemptions < 2)
 
-    monkeypatch.setattr(Engine, "_outgrew", outgrew_or_unlucky)
+    monkeypatch.setattr(Block, "_outgrew", outgrew_or_unlucky)
     model = parity.describe(tmp_path, config)
     requests = nested_within(64)
     wanted = parity.expected(reference, requests)

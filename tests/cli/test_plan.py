@@ -230,8 +230,8 @@ def test_a_common_beginning_is_computed_once() -> None:
 def test_the_flags_that_read_an_input_are_those_of_run() -> None:
     """All of `run` that decide about lengths; the others are of answering."""
     answering = {"output", "dry_run", "metrics", "progress", "strict", "state", "retry_errors", "fresh", "accept_changes", "keep_going"}
-    answering |= {"checkpoint_seconds", "temperature", "top_p", "verbose"}
-    own = {"machine", "prompt_len", "prefix_len", "gen_len", "num_requests", "pareto", "as_json"}
+    answering |= {"checkpoint_seconds", "temperature", "top_p", "verbose", "workers", "lease_seconds", "attempts"}
+    own = {"machine", "prompt_len", "prefix_len", "gen_len", "num_requests", "pareto", "as_json", "machines", "link"}
     commands = {command.name or command.callback.__name__: command.callback for command in app.registered_commands if command.callback}
     run, plan = (set(inspect.signature(commands[name]).parameters) for name in ("run", "plan"))
     assert run - answering == plan - own

@@ -67,7 +67,7 @@ def test_a_plan_of_stages_as_json(tmp_path: Path) -> None:
         (("--machines", "t4-gcpp,t4-gcp"), "did you mean t4-gcp?"),
         (("--machine", "t4-gcp", "--stages", 2, "--link", "fast"), "--link 'fast' is not a link"),
         (("--machine", "t4-gcp", "--stages", 2, "--pareto"), "--pareto compares plans of one machine"),
-        (("--machine", "t4-gcp", "--stages", 2, "--allow-formats", "int4"), "a plan of several stages is made for given formats"),
+        (("--machine", "t4-gcp", "--stages", 2, "--allow-formats", "int4"), "chooses for one machine"),
         (("--machine", "t4-gcp", "--stages", 49), "can be cut into at most 48 stages, not into 49"),
     ],
 )

@@ -103,7 +103,7 @@ def test_every_option_reaches_the_engine(
     done = flexgen("run", model_folder, source, "-o", output, *flags)
     assert done.exit_code == 0, done.output
     assert seen == [EngineOptions(**wanted)]
-    assert set(wanted) == set(FLAGS) - {"revision", "weight_format", "allow_formats", "cpu_compute"}
+    assert set(wanted) == set(FLAGS) - {"revision", "weight_format", "allow_formats", "cpu_compute", "stages", "interface"}
 
 
 def test_lists_may_be_given_in_parts() -> None:

@@ -102,7 +102,8 @@ def test_two_workers_of_which_one_is_killed(tiny: Path, requests: Path, whole: b
     assert found["job"]["answered"] == found["job"]["lines"] == 40
     assert found["num_workers"] >= 2
     assert all(each["num_requests"] > 0 for each in found["workers"])
-    assert found["output_tokens"] >= sum(line["usage"]["completion_tokens"] for line in map(json.loads, whole.splitlines()))
+    whole_tokens = sum(line["usage"]["completion_tokens"] for line in map(json.loads, whole.splitlines()))
+    assert 0 < found["output_tokens"] <= whole_tokens  # the worker that was killed has told of none
     assert "nothing was left to do" in flexgen("run", tiny, requests, "-o", output, *FLAGS[:-1], "plain", "--workers", 2).stderr
 
 

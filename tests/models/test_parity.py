@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Gene
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from flexgen.checkpoint.files import Checkpoint
-from flexgen.engine.engine import Engine
+from flexgen.engine.blocks import Block
 from flexgen.engine.sequence import LiveSequence
 from flexgen.errors import UnsupportedModelError
 from flexgen.models.assemble import AssembledModel, assemble_model
@@ -203,12 +203,12 @@ def test_recomputing_does_not_change_answers(name: str, tmp_path: Path, monkeypa
     save(reference, tmp_path)
     model = describe(tmp_path, config)
     requests = requests_for(128)
-    outgrew = Engine._outgrew
+    outgrew = Block._outgrew
 
-    def outgrew_or_unlucky(engine: Engine, sequence: LiveSequence) -> bool:
-        return outgrew(engine, sequence) or (sequence.num_generated == 9 and sequence.num_preemptions < 2)
+    def outgrew_or_unlucky(block: Block, sequence: LiveSequence) -> bool:
+        return outgrew(block, sequence) or (sequence.num_generated == 9 and sequence.num_preemptions < 2)
 
-    monkeypatch.setattr(Engine, "_outgrew", outgrew_or_unlucky)
+    monkeypatch.setattr(Block, "_outgrew", outgrew_or_unlucky)
     chosen = policy(weights=STREAMED, kv=IN_MEMORY, ring_bytes=ring_bytes(model))
     got = answered(model, chosen, requests, monkeypatch)
     assert_equal(got, expected(reference, requests))

@@ -204,10 +204,10 @@ def test_the_plan_counts_what_a_stage_has(name: str, saved: Callable[..., Saved]
         groups = by_geometry(stage.layers)
         assert [group.window for group in stage.spec.kv_groups] == [geometry.reach for geometry in groups]
         for group, members in zip(stage.spec.kv_groups, groups.values(), strict=True):
-            assert group.decoder_layers == tuple(stage.stage.decoder.of_kv[each.layer] for each in members)
+            assert group.layers == tuple(stage.stage.decoder.of_kv[each.layer] for each in members)
         assert bool(stage.spec.embedding_row_bytes) == stage.stage.is_first
     assert sum(group.num_layers for group in whole.kv_groups) == len(model.whole.layers)
-    layers = {"gpt_oss": [(0, 2), (1, 3)], "gemma3_text": [(0, 2), (1, 3)], "longcat_flash": [(0, 0, 1, 1)], "llama": [()]}
+    layers = {"gpt_oss": [(0, 2), (1, 3)], "gemma3_text": [(0, 2), (1, 3)], "longcat_flash": [(0, 0, 1, 1)], "llama": [(0, 1, 2, 3)]}
     assert [group.layers for group in whole.kv_groups] == layers[name]
 
 

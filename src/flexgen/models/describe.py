@@ -152,9 +152,8 @@ def model_spec(
 
 
 def _decoder_layers(units: ModelUnits, members: Sequence[LayerKV]) -> tuple[int, ...]:
-    """Return the `layers` of a KVGroupSpec."""
-    found = tuple(units.decoder.of_kv[each.layer] for each in members) if units.decoder.undivided is None else ()
-    return () if found == tuple(range(len(members))) else found
+    """Return the `layers` of a KVGroupSpec; none where the decoder layers are not known."""
+    return tuple(units.decoder.of_kv[each.layer] for each in members) if units.decoder.undivided is None else ()
 
 
 def _queries_per_key(layers: Sequence[LayerKV]) -> int:

@@ -287,6 +287,7 @@ def crash_after(hits: int) -> Callable[[], int]:
     return lambda: count
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # the death of a thread is wanted
 def test_a_worker_may_die_between_any_two_steps(
     model_folder: Path, source: Path, output: Path, whole: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:

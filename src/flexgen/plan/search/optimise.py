@@ -74,6 +74,10 @@ class Solution:
     gain_per_gib: dict[str, float] = field(default_factory=dict[str, float])
 
 
+# Where no single part is to blame.
+NOTHING_FITS = "no plan fits the budgets: raise host_mem, device_mem or disk, or lower max_num_seqs"
+
+
 class Search:
     """Looks for the best policies of a space; points found under one set of bounds are the start for the next.
 
@@ -133,7 +137,7 @@ class Search:
         point = self._look(bounds, share * self._patience)
         policy = self.player.policy(point) if point is not None else None
         if point is None or policy is None:
-            raise CapacityError(shortage(self.space))
+            raise CapacityError(shortage(self.space) or NOTHING_FITS)
         outcome = self.player.outcome(policy)
         steady = self._steady_states(policy.micro_batch_tokens, self._pass_seconds(bounds))
         alike = [each for each, spills in steady if spills == (policy.kv_disk_bytes > 0)]

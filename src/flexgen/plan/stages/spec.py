@@ -35,12 +35,18 @@ def stage_spec(spec: ModelSpec, layers: range, num_layers: int) -> ModelSpec:
         units=units,
         kv_groups=_groups(spec.kv_groups, layers, num_layers),
         resident_bytes=_part(spec.resident_bytes, layers, num_layers),
-        embedding_bytes=spec.embedding_bytes * is_first,
+        embedding_bytes=_embedding_bytes(spec) if is_first else 0,
         embedding_row_bytes=spec.embedding_row_bytes * is_first,
         decoded_from={name: round(size * decoded) for name, size in spec.decoded_from.items()},
         operations=_part(spec.operations, layers, num_layers),
         expert_numbers_per_token=spec.expert_numbers_per_token,  # of the layer where they are most, which any stage may have
     )
+
+
+def _embedding_bytes(spec: ModelSpec) -> int:
+    """Return the bytes of the input embedding in a stage without the head, which it may be tied to."""
+    tied = sum(unit.decoded_bytes for unit in spec.units if unit.head) if spec.embedding_row_bytes else 0
+    return spec.embedding_bytes or tied
 
 
 def _units(units: Sequence[UnitSpec], layers: range, *, is_first: bool, is_last: bool) -> Iterator[UnitSpec]:
@@ -63,6 +69,7 @@ def _groups(groups: Sequence[KVGroupSpec], layers: range, num_layers: int) -> tu
     if all(group.layers for group in groups):
         members = [tuple(layer for layer in group.layers if layer in layers) for group in groups]
         found = [dataclasses.replace(group, num_layers=len(some), layers=some) for group, some in zip(groups, members, strict=True) if some]
+        found.sort(key=lambda group: group.layers[0])  # as a stage finds them, whose first layer may be another kind than the model's
     else:
         counts = _spread([group.num_layers for group in groups], layers, num_layers)
         found = [dataclasses.replace(group, num_layers=count, layers=()) for group, count in zip(groups, counts, strict=True) if count]
