@@ -1,4 +1,4 @@
-"""Models divided among machines, on paper: the tables of docs/stages-on-paper.md.
+"""Models divided among machines, on paper: tables of what plans say.
 
     python benchmarks/stages_model.py [paper|scaling]
 

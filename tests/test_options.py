@@ -24,8 +24,8 @@ MISTAKES: dict[str, Any] = {
 MEANT = {  # those that mean something
     "None": {
         "device_mem", "host_mem", "disk", "offload_dir", "weights", "kv", "sparse_attention", "max_num_seqs", "micro_batch_tokens",
-        "prefill_tokens", "max_request_seconds", "max_job_seconds", "allow_formats", "max_model_len", "revision", "trace", "stages", "devices", "interface",
-        "trace_passes",
+        "prefill_tokens", "max_request_seconds", "max_job_seconds", "allow_formats", "max_model_len", "revision", "trace",
+        "stages", "devices", "interface", "trace_passes",
     },
     "[]": {"allow_formats"}, "-1": {"max_logprobs", "seed"}, "True": {"overlap", "prefix_sharing", "verify_reads"},
 }  # fmt: skip
