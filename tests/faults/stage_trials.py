@@ -21,6 +21,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 from faults.trials import MODEL, REQUESTS, Workshop, command
 
 NUM_STAGES = 2
@@ -57,8 +59,9 @@ class StageTrial:
     @property
     def good(self) -> bool:
         others = [code for rank, code in enumerate(self.codes) if rank != self.rank]
-        ended = all(code in ((75,) if self.struck else (0, 1, 75)) for code in others) and self.seconds < SECONDS_TO_END
-        return ended and self.same_bytes and (self.named or not self.struck) and not (self.lost or self.duplicated or self.wrong)
+        was_over = any(code in (0, 1) for code in self.codes)  # the job was done when the rank was struck
+        ended = all(code == 75 or (was_over and code in (0, 1)) for code in others) and self.seconds < SECONDS_TO_END
+        return ended and self.same_bytes and (self.named or was_over) and not (self.lost or self.duplicated or self.wrong)
 
 
 class StageWorkshop(Workshop):
@@ -73,6 +76,8 @@ class StageWorkshop(Workshop):
         pids = [self._fork(lambda each=each: self._rank(job, each, port)) for each in range(NUM_STAGES)]  # type: ignore[misc]
         codes: dict[int, int] = {}
         self._wait(pids, codes, start + after)
+        for pid in pids:
+            self._wait_until_joined(pid)
         struck = rank not in codes and all(code not in (0, 1) for code in codes.values())
         if struck:
             os.kill(pids[rank], KINDS[kind])
@@ -97,6 +102,16 @@ class StageWorkshop(Workshop):
             trial = dataclasses.replace(trial, log=(job / "log").read_text())
         shutil.rmtree(job)
         return trial
+
+    def _wait_until_joined(self, pid: int) -> None:
+        """Return once a rank is known to the others, or has ended; one that never came is the business of whoever starts the ranks."""
+        with suppress(psutil.Error):
+            process = psutil.Process(pid)
+            while process.status() != psutil.STATUS_ZOMBIE and not any(
+                each.status == psutil.CONN_ESTABLISHED for each in process.net_connections()
+            ):
+                time.sleep(0.02)
+            time.sleep(0.1)
 
     def _wait(self, waited: list[int], codes: dict[int, int], until: float, pids: list[int] | None = None) -> None:
         """Collect the exit codes of ranks that end before a time, until all of `waited` have."""

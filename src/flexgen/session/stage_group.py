@@ -50,6 +50,7 @@ def join_stages(found: ResolvedModel, num_stages: int) -> StageGroup:
         if is_placed(os.environ):
             if (cores := own_cores(place_of(os.environ))) is not None:
                 opened.callback(cores.close)
+            step(f"waiting for the other {num_stages - 1} stages")
             ranks = Ranks.join(os.environ, options.interface, patience=PATIENCE_SECONDS)
             opened.push(ranks)
             if ranks.size != num_stages:
