@@ -78,17 +78,22 @@ def test_shipped_models_in_the_dtype_that_would_run() -> None:
     assert (wide.dtype, wide.kv_bytes_per_token) == ("float32", 2 * shipped.kv_bytes_per_token)
 
 
+def without_layers(spec: ModelSpec) -> ModelSpec:
+    """The model as the catalogue has it, which does not say which layers a group of KV has."""
+    return dataclasses.replace(spec, kv_groups=tuple(dataclasses.replace(group, layers=()) for group in spec.kv_groups))
+
+
 def test_shipped_models_are_cut_as_the_engine_cuts_them() -> None:
     """Units that cross a link in milliseconds, as for the same model with random weights; small models need no other units."""
     name, random = "qwen3-14b", EngineOptions(load_format="dummy")
     shipped, on_device = catalogue_spec(name), spec_of(name, device="cuda")
-    assert spec_of(name, device="cpu") == shipped
+    assert without_layers(spec_of(name, device="cpu")) == shipped
     assert on_device.units == describe_files(files_of(name, random), random, device="cuda").units
     assert max(unit.carried_bytes for unit in on_device.units) <= LINK_UNIT_BYTES < max(unit.carried_bytes for unit in shipped.units)
     assert on_device.flops_per_token == pytest.approx(shipped.flops_per_token)
-    assert dataclasses.replace(on_device, units=(), operations=0) == dataclasses.replace(shipped, units=(), operations=0)
+    assert dataclasses.replace(without_layers(on_device), units=(), operations=0) == dataclasses.replace(shipped, units=(), operations=0)
     assert on_device.operations > shipped.operations, "a cut layer has several products"
-    assert spec_of("llama-3.2-3b", device="cuda") == catalogue_spec("llama-3.2-3b")
+    assert without_layers(spec_of("llama-3.2-3b", device="cuda")) == catalogue_spec("llama-3.2-3b")
     wide = spec_of("llama-3-8b", EngineOptions(dtype="float32"), device="cuda")
     assert max(unit.carried_bytes for unit in wide.units) <= LINK_UNIT_BYTES
 

@@ -62,7 +62,7 @@ def join_stages(found: ResolvedModel, num_stages: int) -> StageGroup:
                 num_stages, interface, options.devices.split(",") if options.devices else (), program=(sys.executable, "-m", FOLLOWER)
             )
             opened.callback(followers.close)
-            ranks = Ranks.join(followers.environment, interface, while_waiting=followers.check)
+            ranks = Ranks.join(followers.environment, interface, watchdog=False, while_waiting=followers.check)
             opened.push(ranks)
             ranks.publish(JOB, {"model": str(found.files.name), "options": dataclasses.asdict(options)})
         check_agreement(ranks, stage_facts(found, num_stages), timeout=PATIENCE_SECONDS)
