@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from flexgen.engine.choosing import BatchAnswer
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -24,6 +23,7 @@ from flexgen.distributed.messages import (
     read_request,
     request_message,
 )
+from flexgen.engine.choosing import BatchAnswer
 from flexgen.engine.sampler import Sampled
 from flexgen.errors import RequestError
 from flexgen.passes.plan import MicroBatch, PassPlan, Slice
