@@ -61,8 +61,8 @@ class Stage:
         self._found, self._ranks = found, ranks
         self._source = ranks.receiver(ranks.rank - 1)
         is_last = ranks.rank == ranks.size - 1
-        self._next = None if is_last else ranks.sender(ranks.rank + 1)
-        self._results = ranks.sender(0) if is_last else None
+        self._onward = ranks.sender(0 if is_last else ranks.rank + 1)
+        self._next, self._results = (None, self._onward) if is_last else (self._onward, None)
         self._here: Described | None = None
         self._runner: ModelRunner | None = None
         self._last: LastStage | None = None
@@ -99,14 +99,12 @@ class Stage:
 
     def _say_goodbye(self) -> None:
         """Send this stage's trace, and have the next stage end, or the first one know that all have ended."""
-        onward = self._next or self._results
-        assert onward is not None
         self._resources.close()
         if self._found.recorder is not None and self._found.options.trace is not None:
             self._found.end_trace()
-            send_trace(Path(self._found.options.trace), self._ranks.rank, self._ping_at, onward)
-        onward.send("end", {})
-        onward.flush()
+            send_trace(Path(self._found.options.trace), self._ranks.rank, self._ping_at, self._onward)
+        self._onward.send("end", {})
+        self._onward.flush()
 
     def _end(self, frame: Frame) -> None:
         self._ended = True
@@ -191,9 +189,7 @@ class Stage:
 
     def _hand_on(self, frame: Frame) -> None:
         """Send a part of an earlier stage's trace on its way to the first."""
-        onward = self._next or self._results
-        assert onward is not None
-        onward.send(frame.kind, frame.header, frame.tensors)
+        self._onward.send(frame.kind, frame.header, frame.tensors)
 
     def _leave_out(self, frame: Frame) -> None:
         """Ignore hidden states of a pass that was given up."""

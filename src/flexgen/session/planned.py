@@ -11,10 +11,8 @@ from pathlib import Path
 
 from flexgen.base.recorder import Recorder
 from flexgen.base.steps import step
-from flexgen.devices.open import open_device
 from flexgen.engine.steady import SteadyEngine
 from flexgen.errors import EngineError
-from flexgen.io.offload import OffloadFolder
 from flexgen.plan.price.pass_time import Expectation
 from flexgen.plan.search.ideal import budgets_of
 from flexgen.plan.tell.forecast import forecast_again
@@ -26,6 +24,7 @@ from flexgen.report.progress import Progress, RunReport
 from flexgen.report.report import RunContext, make_report
 from flexgen.report.steady import MeasuredPass, SteadyReport, make_steady_report
 from flexgen.request import PartialAnswer, TokenRequest, TokenResult
+from flexgen.session.opening import limited_device, offload_folder
 from flexgen.session.prepare import Prepared
 from flexgen.text.common_prefixes import NO_PREFIXES, CommonPrefixes
 
@@ -170,14 +169,7 @@ class PlannedEngine:
 def _opened(prepared: Prepared, resources: contextlib.ExitStack, recorder: Recorder | None) -> SteadyEngine:
     """Return an engine without weights; `resources` closes it and removes its offload folder."""
     limits, policy = prepared.limits, prepared.plan.policy
-    offload_dir = None
-    if policy.kv_disk_bytes:
-        offload = OffloadFolder(Path(limits.offload_dir))
-        resources.callback(offload.remove)
-        offload_dir = offload.path
-    backend = prepared.device or open_device(limits.device, limits.device_bytes - limits.device_overhead_bytes)
-    if backend is not None:
-        backend.limit(limits.device_bytes)
+    offload_dir, backend = offload_folder(policy, limits, resources), limited_device(limits, prepared.device)
     engine = SteadyEngine(
         prepared.model, policy, backend=backend, offload_dir=offload_dir, verify_reads=prepared.verify_reads, overlap=prepared.overlap,
         recorder=recorder,

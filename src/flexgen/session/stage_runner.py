@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from pathlib import Path
 
 from flexgen.base.recorder import Recorder
-from flexgen.devices.open import open_device
 from flexgen.engine.runner import ModelRunner
-from flexgen.io.offload import OffloadFolder
 from flexgen.plan.policy import Policy
 from flexgen.session.model import ResolvedModel
+from flexgen.session.opening import limited_device, offload_folder
 from flexgen.session.prepare import Described
 
 
@@ -37,14 +35,7 @@ def open_stage(
     if here.random_weights is not None:
         model = dataclasses.replace(model, open_file=here.random_weights.open_file)
         here.random_weights.write(model, policy)
-    offload_dir = None
-    if policy.kv_disk_bytes:
-        offload = OffloadFolder(Path(here.limits.offload_dir))
-        resources.callback(offload.remove)
-        offload_dir = offload.path
-    backend = open_device(here.limits.device, here.limits.device_bytes - here.limits.device_overhead_bytes)
-    if backend is not None:
-        backend.limit(here.limits.device_bytes)
+    offload_dir, backend = offload_folder(policy, here.limits, resources), limited_device(here.limits)
     runner = ModelRunner(
         model, policy, backend=backend, offload_dir=offload_dir, verify_reads=here.options.verify_reads, overlap=here.options.overlap,
         recorder=recorder,
