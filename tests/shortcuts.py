@@ -1,5 +1,7 @@
 """A pytest plugin: what tests of other things need not wait for, the measuring of this machine and the search for the best plan.
 
+A process that runs thousands of tests grows to gigabytes; plans of tests start from the size of a process that has just begun.
+
 `tests/profile/` measures, on a small scale; `tests/plan/` and the tests of `flexgen plan` search with all the effort of a user's run.
 """
 
@@ -22,6 +24,8 @@ ROOT = Path(__file__).parent.parent
 DEVICES, DTYPES = ("cpu", "sim"), ("bfloat16", "float16", "float32", "float64")
 # Of the usual effort of a search: any plan that fits is as good as the best one where answers are tested.
 PATIENCE = 0.1
+# The largest size of a process that has loaded torch and the kernels and has run nothing yet.
+FRESH_PROCESS = 1 << 30
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -43,10 +47,22 @@ def kept_rates(cache_home_of_tests: Path) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _kept_rates_beside_torch(request: pytest.FixtureRequest) -> None:
-    """All tests have these rates, but those that run without torch do not wait until it is imported."""
+def _stand_ins_beside_torch(request: pytest.FixtureRequest) -> None:
+    """All tests have these stand-ins, but those that run without torch do not wait until it is imported."""
     if "torch" in sys.modules:
         request.getfixturevalue("kept_rates")
+        request.getfixturevalue("fresh_process")
+
+
+@pytest.fixture(scope="session")
+def fresh_process() -> Iterator[None]:
+    """Plan for a process of the size that it has at the start, whatever earlier tests have left in this one."""
+    from flexgen.session import prepare
+
+    measured = prepare.resident_bytes
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare, "resident_bytes", lambda: min(measured(), FRESH_PROCESS))
+        yield
 
 
 @pytest.fixture(scope="module", autouse=True)

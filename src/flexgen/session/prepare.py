@@ -204,7 +204,12 @@ def measured_machine(limits: Limits, weights: Path, total_bytes: int, spec: Mode
 def bytes_of_process(options: EngineOptions, total_bytes: int, limits: Limits) -> int:
     """Return the memory of this process before weights of so many bytes are loaded, plus that of checksums if reads are verified."""
     checksums = (total_bytes + limits.disk_bytes) // BLOCK_BYTES * BYTES_PER_BLOCK if options.verify_reads else 0
-    return psutil.Process().memory_info().rss + checksums
+    return resident_bytes() + checksums
+
+
+def resident_bytes() -> int:
+    """Return the memory that this process holds now."""
+    return psutil.Process().memory_info().rss
 
 
 def load_products(dtype: torch.dtype, cpu_compute: str) -> None:
