@@ -22,7 +22,9 @@ from flexgen.plan.known.machines import PROCESS_BYTES, beside_checkpoint, find_m
 from flexgen.plan.known.models import catalogue_spec
 from flexgen.plan.machine import Machine
 from flexgen.plan.model import ModelSpec
-from flexgen.plan.stages.divide import LinkRate, StagesPlan, again, divide
+from flexgen.plan.stages.divide import StagesPlan, again, divide
+from flexgen.plan.stages.job import StagedJob, StageMachine
+from flexgen.plan.stages.pipeline import LinkRate
 from flexgen.plan.tell.formats import converted
 from flexgen.plan.workload import Workload
 
@@ -61,10 +63,9 @@ def planned(spec: ModelSpec, box: Machine, number: int, job: Workload, link: str
     """The plan of a model on so many equal machines, each of which has the files of its own layers."""
     options = EngineOptions(dtype=spec.dtype)
     limits = beside_checkpoint(limits_of(box, options), spec.checkpoint_bytes // number, options)
-    return divide(
-        options, spec, [box] * number, [limits] * number, job, process_bytes=[PROCESS_BYTES[box.device]] * number, link=link_of(link),
-        hasty=hasty,
-    )  # fmt: skip
+    machine = StageMachine(machine=box, limits=limits, process_bytes=PROCESS_BYTES[box.device])
+    asked = StagedJob(options=options, spec=spec, machines=(machine,) * number, workload=job, link=link_of(link))
+    return divide(asked, hasty=hasty)
 
 
 def bound_of(plan: StagesPlan) -> str:

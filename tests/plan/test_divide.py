@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
+from dataclasses import replace
 
+import numpy as np
 import pytest
 from plan.instances import PROCESS_BYTES, instance_of
 
@@ -14,11 +15,14 @@ from flexgen.options import EngineOptions
 from flexgen.plan.known.machines import find_machine, limits_of
 from flexgen.plan.known.models import catalogue_spec
 from flexgen.plan.model import KVGroupSpec
+from flexgen.plan.play.blocks import with_drains
 from flexgen.plan.price.memory import footprint
 from flexgen.plan.search import solve
 from flexgen.plan.search.optimise import Search
-from flexgen.plan.stages.divide import ROUND_TRIP, LinkRate, again, divide
+from flexgen.plan.stages.divide import ROUND_TRIP, again, divide
+from flexgen.plan.stages.job import StagedJob, StageMachine
 from flexgen.plan.stages.more import one_more
+from flexgen.plan.stages.pipeline import LinkRate, PassTimes, play
 from flexgen.plan.stages.search import block_of
 from flexgen.plan.stages.spec import num_layers_of
 from flexgen.plan.tell.forecast import make_plan
@@ -37,16 +41,22 @@ def hasty_plans():
         yield
 
 
+def job_of(options, spec, machines, limits, workload, *, link=FAST, process_bytes=PROCESS_BYTES):
+    places = zip(machines, limits, strict=True)
+    stages = tuple(StageMachine(machine=machine, limits=each, process_bytes=process_bytes) for machine, each in places)
+    return StagedJob(options=options, spec=spec, machines=stages, workload=workload, link=link)
+
+
 def problem_of(seed, number):
     """A small problem on so many machines, some of which are alike."""
     instance = instance_of(seed)
     device = instance.machine.device
     machines = [instance_of(seed + 1000 * (place // 2), device).machine for place in range(number)]
-    machines = [dataclasses.replace(machine, name=f"box {place}") for place, machine in enumerate(machines)]
+    machines = [replace(machine, name=f"box {place}") for place, machine in enumerate(machines)]
     room = {name: 2 * getattr(instance.limits, name) for name in ("host_bytes", "device_bytes")}
-    limits = [dataclasses.replace(instance.limits, **room)] * number
+    limits = [replace(instance.limits, **room)] * number
     options = EngineOptions(dtype="bfloat16", device=device)
-    return (options, instance.spec, machines, limits, instance.workload), {"process_bytes": [PROCESS_BYTES] * number}
+    return job_of(options, instance.spec, machines, limits, instance.workload, link=LinkRate(bytes_per_s=1e8, latency_s=1e-3))
 
 
 @pytest.mark.matrix(4)
@@ -54,46 +64,51 @@ def problem_of(seed, number):
 def test_no_cut_is_faster(seed):
     """Every cut by itself, with what is best for it, on machines of which only some are alike."""
     number = 2 + seed % 2
-    job, given = problem_of(seed, number)
-    layers = num_layers_of(job[1])
+    job = problem_of(seed, number)
+    layers = num_layers_of(job.spec)
     if not number < layers < 7:
         pytest.skip("too many cuts, or one")
-    link = LinkRate(bytes_per_s=1e8, latency_s=1e-3)
     others = []
     for inner in itertools.combinations(range(1, layers), number - 1):
         try:
-            others.append(divide(*job, **given, link=link, cut_points=inner, hasty=True))
+            others.append(divide(replace(job, cut_points=inner), hasty=True))
         except CapacityError:
             continue
     if not others:
         with pytest.raises(CapacityError, match="stage "):
-            divide(*job, **given, link=link)
+            divide(job)
         return
-    found = divide(*job, **given, link=link, hasty=True)
+    found = divide(job, hasty=True)
     refused = min(other.forecast.num_refused for other in others)
     assert found.forecast.num_refused <= refused
     best = min(other.forecast.seconds for other in others if other.forecast.num_refused == refused)
     assert found.forecast.seconds <= 1.1 * best  # all are found with a tenth of the usual effort
 
 
-def large(names, **changes):
+def large(names, *, link=FAST, **changes):
     """OPT-30B on known machines."""
     options = EngineOptions(dtype="float16", **changes)
     machines = [find_machine(name) for name in names]
-    budgets = dataclasses.replace(options, max_job_seconds=None, max_request_seconds=None)
+    budgets = replace(options, max_job_seconds=None, max_request_seconds=None)
     job = Workload(prompt_lens=(512,) * 600, output_lens=(32,) * 600)
     limits = [limits_of(machine, budgets) for machine in machines]
-    return (options, catalogue_spec("opt-30b"), machines, limits, job), {"process_bytes": [int(1.5e9)] * len(names)}
+    return job_of(options, catalogue_spec("opt-30b"), machines, limits, job, link=link, process_bytes=int(1.5e9))
+
+
+def alone_of(job):
+    """The plan of the first machine by itself."""
+    first = job.machines[0]
+    return make_plan(job.options, job.spec, first.machine, first.limits, job.workload, process_bytes=first.process_bytes)
 
 
 @pytest.fixture(scope="module")
 def four():
-    job, given = large(["t4-gcp"] * 4)
-    return job, given, divide(*job, **given, link=LinkRate(bytes_per_s=1.25e9, latency_s=1e-4))
+    job = large(["t4-gcp"] * 4, link=LinkRate(bytes_per_s=1.25e9, latency_s=1e-4))
+    return job, divide(job)
 
 
 def test_stages_have_all_layers_and_agree_on_passes(four):
-    (_, spec, _, limits, _), _, plan = four
+    job, plan = four
     assert [layer for stage in plan.stages for layer in stage.layers] == list(range(48))
     common = (
         "max_num_seqs",
@@ -109,16 +124,16 @@ def test_stages_have_all_layers_and_agree_on_passes(four):
         assert len({getattr(stage.plan.policy, name) for stage in plan.stages}) == 1, name
     assert plan.stages[0].plan.policy.num_blocks == 4
     assert all(stage.plan.policy.host_attention for stage in plan.stages)
-    assert sum(stage.plan.spec.decoded_bytes for stage in plan.stages) == spec.decoded_bytes
-    for stage, budget in zip(plan.stages, limits, strict=True):
-        used = footprint(stage.plan.policy, stage.plan.spec, budget, process_bytes=int(1.5e9))
+    assert sum(stage.plan.spec.decoded_bytes for stage in plan.stages) == job.spec.decoded_bytes
+    for stage, given in zip(plan.stages, job.machines, strict=True):
+        used = footprint(stage.plan.policy, stage.plan.spec, given.limits, process_bytes=given.process_bytes)
         for tier, parts in used.items():
-            assert sum(parts.values()) <= getattr(budget, f"{tier}_bytes"), tier
+            assert sum(parts.values()) <= getattr(given.limits, f"{tier}_bytes"), tier
         assert stage.plan.forecast.memory_bytes == used
 
 
 def test_the_forecast_of_the_whole(four):
-    (_, _, _, _, job), _, plan = four
+    job, plan = four
     told = plan.forecast
     assert (told.num_requests, told.output_tokens, told.num_refused) == (600, 600 * 32, 0)
     assert told.output_tokens_per_s == pytest.approx(told.output_tokens / told.seconds)
@@ -131,20 +146,19 @@ def test_the_forecast_of_the_whole(four):
     slowest = max(plan.stages, key=lambda stage: stage.seconds_per_pass)
     rounds = told.num_passes * slowest.seconds_per_pass
     assert rounds <= told.seconds <= 1.6 * rounds
-    assert again(plan, job) == plan
+    assert again(plan, job.workload) == plan
 
 
 def test_four_machines_are_more_than_three_times_as_fast_as_one(four):
     """The paper's measured 3.2 times: each holds more of its part of the weights."""
-    (options, spec, machines, limits, job), given, plan = four
-    alone = make_plan(options, spec, machines[0], limits[0], job, process_bytes=given["process_bytes"][0])
+    job, plan = four
+    alone = alone_of(job)
     assert plan.forecast.output_tokens_per_s > 3 * alone.forecast.output_tokens_per_s
 
 
 def test_a_slower_link_is_never_faster_and_says_what_binds(four):
-    _, _, plan = four
-    job = four[0][4]
-    slow, late = (again(plan, job, LinkRate(bytes_per_s=rate, latency_s=latency)) for rate, latency in ((1e6, 1e-4), (1e10, 60.0)))
+    job, plan = four
+    slow, late = (again(plan, job.workload, LinkRate(bytes_per_s=rate, latency_s=latency)) for rate, latency in ((1e6, 1e-4), (1e10, 60.0)))
     assert slow.forecast.seconds > 2 * plan.forecast.seconds
     assert slow.bound_by.startswith("link ")
     assert slow.stages[0].bound_by == "link"
@@ -156,44 +170,62 @@ def test_a_slower_link_is_never_faster_and_says_what_binds(four):
 
 
 def test_one_more_machine_is_worth_something(four):
-    job, given, plan = four
-    more = one_more(plan, *job, **given)
+    job, plan = four
+    more = one_more(plan, job)
     assert more is not None
     assert more.like == "t4-gcp"
     assert 1.0 < more.speedup < 1.6
 
 
 def test_a_faster_machine_has_more_layers():
-    job, given = large(["t4-64gb", "rtx4090-64gb"])
-    plan = divide(*job, **given, link=FAST)
+    job = large(["t4-64gb", "rtx4090-64gb"])
+    plan = divide(job)
     slow, fast = (len(stage.layers) for stage in plan.stages)
     assert fast > 1.3 * slow
     assert min(stage.busy_share for stage in plan.stages) > 0.7 * max(stage.busy_share for stage in plan.stages)
 
 
 def test_cut_points_are_the_only_cuts():
-    job, given = large(["t4-gcp"] * 2)
-    plan = divide(*job, **given, link=FAST, cut_points=(10, 40))
+    job = large(["t4-gcp"] * 2)
+    plan = divide(replace(job, cut_points=(10, 40)))
     assert plan.stages[0].layers in (range(10), range(40))
     with pytest.raises(OptionError, match="can be cut into at most 1 stages, not into 2"):
-        divide(*job, **given, link=FAST, cut_points=())
+        divide(replace(job, cut_points=()))
 
 
 def test_options_hold_for_every_stage():
-    job, given = large(["t4-gcp"] * 2, max_num_seqs=40, weights="host=1", kv="host=1", schedule="zigzag", micro_batch_tokens=2048)
-    for stage in divide(*job, **given, link=FAST).stages:
+    job = large(["t4-gcp"] * 2, max_num_seqs=40, weights="host=1", kv="host=1", schedule="zigzag", micro_batch_tokens=2048)
+    for stage in divide(job).stages:
         policy = stage.plan.policy
         assert (policy.max_num_seqs, policy.schedule, policy.micro_batch_tokens) == (40, "zigzag", 2048)
         assert policy.weights.host == policy.kv.host == 1
-    refused, given = large(["t4-gcp"] * 2, host_attention="off")
+    refused = large(["t4-gcp"] * 2, host_attention="off")
     with pytest.raises(OptionError, match="on several stages the host attends"):
-        divide(*refused, **given, link=FAST)
+        divide(refused)
 
 
 def test_bounds_on_time_are_those_of_the_whole():
-    job, given = large(["t4-gcp"] * 2, max_job_seconds=60)
+    free = divide(large(["t4-gcp"] * 2), hasty=True).forecast
+    kept = divide(large(["t4-gcp"] * 2, max_request_seconds=0.8 * free.request_seconds), hasty=True).forecast
+    assert kept.request_seconds <= 0.8 * free.request_seconds
     with pytest.raises(CapacityError, match="no plan keeps max_job_seconds=60: the one that comes nearest takes"):
-        divide(*job, **given, link=FAST)
+        divide(large(["t4-gcp"] * 2, max_job_seconds=60), hasty=True)
+
+
+def test_the_plan_that_comes_nearest_has_the_shortest_requests():
+    """Every pass streams half of the weights, so no request can be arbitrarily short; just above the shortest, there is a plan."""
+    with pytest.raises(CapacityError, match=r"the one that comes nearest takes 1:4\d min for its longest request"):
+        divide(large(["t4-gcp"] * 2, max_request_seconds=60), hasty=True)
+    kept = divide(large(["t4-gcp"] * 2, max_request_seconds=110), hasty=True).forecast
+    assert kept.request_seconds <= 110
+
+
+def test_prompts_in_waves_drain_the_pipeline_which_a_stage_alone_would_not_know():
+    """A pass that is shorter than the one before finds the last stage busy with that; a longer one waits for nobody."""
+    times, number = np.array([1.0, 4.0, 2.0, 2.5, 0.5]), 3
+    passes = PassTimes(stages=np.tile(times[:, None], number), links=np.zeros((5, 2)), exposed=np.zeros((5, 2)), latency_s=0.0)
+    assert number * with_drains(times, number).sum() == pytest.approx(play(passes, number).seconds)
+    assert with_drains(times, 1).tolist() == times.tolist()
 
 
 def test_a_stage_that_does_not_fit_is_named(make_spec, make_machine, make_limits, make_options):
@@ -203,19 +235,17 @@ def test_a_stage_that_does_not_fit_is_named(make_spec, make_machine, make_limits
     machines = [make_machine(name="roomy"), make_machine(name="narrow")]
     limits = [make_limits(host_bytes=64 * GIB), make_limits(host_bytes=PROCESS_BYTES + (1 << 30))]
     with pytest.raises(CapacityError, match=r"stage 1 of 2 \(layers \d to 3 on narrow\): .* GiB are missing"):
-        divide(make_options(kv="host=1"), spec, machines, limits, job, process_bytes=[PROCESS_BYTES] * 2, link=FAST)
+        divide(job_of(make_options(kv="host=1"), spec, machines, limits, job))
 
 
 def test_a_job_that_is_smaller_than_the_pipeline(make_spec, make_machine, make_limits, make_options):
     """Two requests on three stages: two blocks are in flight, and the third is empty."""
     spec, job = make_spec(layers=6, unit_bytes=1 << 20), Workload(prompt_lens=(8, 8), output_lens=(5, 5))
     limits, machines = [make_limits()] * 3, [make_machine()] * 3
-    plan = divide(make_options(), spec, machines, limits, job, process_bytes=[PROCESS_BYTES] * 3, link=FAST)
+    plan = divide(job_of(make_options(), spec, machines, limits, job))
     assert plan.forecast.num_passes == 2 * 5
     assert plan.bound_by == ROUND_TRIP
-    empty = divide(
-        make_options(), spec, machines, limits, Workload(prompt_lens=(), output_lens=()), process_bytes=[PROCESS_BYTES] * 3, link=FAST
-    )
+    empty = divide(job_of(make_options(), spec, machines, limits, Workload(prompt_lens=(), output_lens=())))
     assert (empty.forecast.seconds, empty.forecast.num_passes) == (0.0, 0)
 
 
@@ -228,21 +258,19 @@ def test_blocks_share_the_requests_evenly():
 
 
 def test_one_machine_is_a_pipeline_of_one_stage():
-    job, given = large(["t4-gcp"])
-    plan = divide(*job, **given, link=LinkRate(bytes_per_s=1.0, latency_s=100.0))
-    options, spec, machines, limits, work = job
-    alone = make_plan(options, spec, machines[0], limits[0], work, process_bytes=given["process_bytes"][0])
+    job = large(["t4-gcp"], link=LinkRate(bytes_per_s=1.0, latency_s=100.0))
+    plan, alone = divide(job), alone_of(job)
     assert plan.forecast.seconds == pytest.approx(alone.forecast.seconds, rel=0.05)
     assert (len(plan.stages), plan.bound_by, plan.stages[0].plan.policy.hidden_bytes) == (1, "stage 0", 0)
 
 
 def test_many_machines_are_planned_in_seconds():
     """Machines that are alike share what is found: few stages are looked for, however many there are."""
-    job, given = large(["t4-gcp"] * 48)
+    job = large(["t4-gcp"] * 48, link=LinkRate(bytes_per_s=1.25e8, latency_s=0.01))
     searched = []
     with pytest.MonkeyPatch.context() as patch:
         best = Search.best
         patch.setattr(Search, "best", lambda self, bounds: searched.append(1) or best(self, bounds))
-        plan = divide(*job, **given, link=LinkRate(bytes_per_s=1.25e8, latency_s=0.01))
+        plan = divide(job)
     assert [len(stage.layers) for stage in plan.stages] == [1] * 48
     assert len(searched) < 60

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from flexgen.plan.machine import Limits, Machine
     from flexgen.plan.model import ModelSpec
     from flexgen.plan.stages.divide import StagesPlan
+    from flexgen.plan.stages.job import StagedJob
     from flexgen.plan.stages.more import OneMore
     from flexgen.plan.workload import Workload
 
@@ -96,8 +97,10 @@ def told(
 ) -> str:
     """Return the plan of several stages as text or JSON; `workload_of` makes the workload from the model's context."""
     from flexgen.plan.known.machines import PROCESS_BYTES, beside_checkpoint
-    from flexgen.plan.stages.divide import LinkRate, divide
+    from flexgen.plan.stages.divide import divide
+    from flexgen.plan.stages.job import StagedJob, StageMachine
     from flexgen.plan.stages.more import one_more
+    from flexgen.plan.stages.pipeline import LinkRate
     from flexgen.report.stages import format_stages
 
     rate, latency = parse_link(pipeline.link or DEFAULT_LINK, name="--link")
@@ -114,37 +117,40 @@ def told(
         for name, each in limits.items()
     }
     context = min(spec.max_position_embeddings, options.max_model_len or spec.max_position_embeddings)
-    job: tuple[Any, ...] = (
-        dataclasses.replace(options, dtype=spec.dtype), spec, [boxes[name] for name in names], [beside[name] for name in names],
-        workload_of(context),
+    machines = {
+        name: StageMachine(machine=boxes[name], limits=beside[name], process_bytes=PROCESS_BYTES[each.device])
+        for name, each in limits.items()
+    }
+    job = StagedJob(
+        options=dataclasses.replace(options, dtype=spec.dtype), spec=spec, machines=tuple(machines[name] for name in names),
+        workload=workload_of(context), link=LinkRate(bytes_per_s=rate, latency_s=latency),
     )  # fmt: skip
-    process_bytes = [PROCESS_BYTES[limits[name].device] for name in names]
     step("choosing a plan")
-    plan = divide(*job, process_bytes=process_bytes, link=LinkRate(bytes_per_s=rate, latency_s=latency))
-    more = one_more(plan, *job, process_bytes=process_bytes)
+    plan = divide(job)
+    more = one_more(plan, job)
     if as_json:
-        return _as_json(plan, spec, job[3], more)
+        return _as_json(plan, job, more)
     counts = {name: names.count(name) for name in boxes}
     called = ", ".join(boxes[name].name + (f" * {number}" if number > 1 else "") for name, number in counts.items())
     return in_flags(f"{spec.name} on {called}\n{format_stages(plan, more)}")
 
 
-def _as_json(plan: StagesPlan, spec: ModelSpec, limits: Sequence[Limits], more: OneMore | None) -> str:
+def _as_json(plan: StagesPlan, job: StagedJob, more: OneMore | None) -> str:
     stages = [
         {
             "layers": [stage.layers.start, stage.layers.stop],
             "machine": json.loads(stage.plan.machine.to_json()),
-            "limits": {**dataclasses.asdict(budget), "host_source": in_flags(budget.host_source)},
+            "limits": {**dataclasses.asdict(given.limits), "host_source": in_flags(given.limits.host_source)},
             "policy": dataclasses.asdict(stage.plan.policy),
             "forecast": dataclasses.asdict(stage.plan.forecast),
             "bound_by": stage.bound_by,
             "seconds_per_pass": stage.seconds_per_pass,
             "busy_share": stage.busy_share,
         }
-        for stage, budget in zip(plan.stages, limits, strict=True)
+        for stage, given in zip(plan.stages, job.machines, strict=True)
     ]
     values = {
-        "model": {"name": spec.name, "number_format": spec.number_format},
+        "model": {"name": job.spec.name, "number_format": job.spec.number_format},
         "link": dataclasses.asdict(plan.link),
         "forecast": dataclasses.asdict(plan.forecast),
         "bound_by": plan.bound_by,

@@ -21,6 +21,7 @@ from flexgen.plan.machine import Limits, machine_of
 from flexgen.plan.price.pass_time import Expectation
 from flexgen.plan.search.ideal import budgets_of
 from flexgen.plan.stages.divide import StagePlan, StagesPlan, again, divide
+from flexgen.plan.stages.job import StagedJob, StageMachine
 from flexgen.plan.stages.pipeline import LinkRate
 from flexgen.plan.tell.forecast import Plan
 from flexgen.plan.tell.remaining import RemainingTime
@@ -166,19 +167,23 @@ def plan_stages(found: ResolvedModel, options: EngineOptions, workload: Workload
         others = group.gather(f"described/{group.num_opened}")
         link_latency = group.ping_seconds()
         step("choosing a plan")
-        stages = divide(
-            here.options, here.model.spec,
-            [here.machine, *(machine_of(each["machine"]) for each in others)],
-            [here.limits, *(Limits(**each["limits"]) for each in others)],
-            workload,
-            process_bytes=[here.process_bytes, *(each["process_bytes"] for each in others)],
+        first = StageMachine(machine=here.machine, limits=here.limits, process_bytes=here.process_bytes)
+        stages = divide(StagedJob(
+            options=here.options, spec=here.model.spec, machines=(first, *map(_stage_machine, others)), workload=workload,
             link=LinkRate(bytes_per_s=min(each["bytes_per_s"] for each in others), latency_s=link_latency),
             cut_points=here.model.cut_points,
-        )  # fmt: skip
+        ))  # fmt: skip
     except BaseException:
         here.discard()
         raise
     return here, stages
+
+
+def _stage_machine(described: Mapping[str, Any]) -> StageMachine:
+    """Return the machine that a follower described."""
+    return StageMachine(
+        machine=machine_of(described["machine"]), limits=Limits(**described["limits"]), process_bytes=described["process_bytes"]
+    )
 
 
 def _stage_message(stage: StagePlan) -> dict[str, Any]:

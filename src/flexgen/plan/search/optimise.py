@@ -40,8 +40,8 @@ UNBOUNDED, BOUNDED, AGAIN = 0.2, 0.9, 0.5
 PACES = (0.98, 0.9)
 # How many of the points found are starts under the next bounds.
 REMEMBERED = 6
-# A bound that no plan keeps.
-NO_TIME = 1e-9
+# Bounds that no plan keeps: what comes nearest has the shortest requests.
+SHORTEST = Bounds(request_seconds=1e-9)
 # How often bounds are tightened until the whole job keeps them, and not only its sample.
 ATTEMPTS = 4
 
@@ -120,7 +120,7 @@ class Search:
         Raises:
             CapacityError: No policy fits the budgets.
         """
-        return self._solution(Bounds(request_seconds=NO_TIME))
+        return self._solution(SHORTEST)
 
     def steady_rate(self) -> float:
         """Return the tokens/s of the best steady state without bounds on time; 0 where nothing fits."""

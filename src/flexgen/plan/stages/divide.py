@@ -9,21 +9,17 @@ in turn, and the better of both counts. What comes of it is played as a whole (f
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 from flexgen.errors import CapacityError, OptionError
-from flexgen.options import EngineOptions
-from flexgen.plan.machine import Limits, Machine
-from flexgen.plan.model import ModelSpec
 from flexgen.plan.search.evaluate import Bounds, Outcome
-from flexgen.plan.search.optimise import too_slow
+from flexgen.plan.search.optimise import SHORTEST, too_slow
 from flexgen.plan.stages.cut import Cost, Layers, best_cut, dearest, proportional_cut
 from flexgen.plan.stages.forecast import ROUND_TRIP, StagesForecast, forecast_stages
+from flexgen.plan.stages.job import StagedJob
 from flexgen.plan.stages.pipeline import LinkRate
 from flexgen.plan.stages.search import NO_PLAN, Common, StageSearch
 from flexgen.plan.tell.forecast import Forecast, Plan
@@ -83,47 +79,26 @@ class StagesPlan:
     round_trip_seconds: float
 
 
-def divide(
-    options: EngineOptions,
-    spec: ModelSpec,
-    machines: Sequence[Machine],
-    limits: Sequence[Limits],
-    workload: Workload,
-    *,
-    process_bytes: Sequence[int],
-    link: LinkRate,
-    cut_points: Sequence[int] | None = None,
-    hasty: bool = False,
-) -> StagesPlan:
+def divide(job: StagedJob, *, hasty: bool = False) -> StagesPlan:
     """Return the best plans of a pipeline's stages.
 
     Unless the options place KV, plans that write more bytes of KV to disk than the weights have are chosen only if that gains at least
     LEAST_SPILL_GAIN, or if the options give a budget on disk.
 
     Args:
-        options: The options, which hold for every stage; numbers of sequences and tokens are those of a pass, and bounds on time those of
-            the whole. `dtype` must be a concrete dtype, and `device` is taken from `limits`.
-        spec: The whole model.
-        machines: The machine of each stage, in order.
-        limits: The budgets of each stage.
-        workload: The job.
-        process_bytes: The resident memory of each stage's process before any weight is loaded.
-        link: The link between a stage and the next, and from the last one back.
-        cut_points: The layers at which stages may begin; None for all.
+        job: The job and the machines.
         hasty: Whether to look for a plan that is only compared with others, in a tenth of the time.
 
     Raises:
         OptionError: There are more stages than the model can be cut into, or an option cannot be honoured.
         CapacityError: A stage does not fit its machine (the message names both), or the job takes longer than it may.
     """
-    job = (options, spec, machines, limits, workload)
-    given: dict[str, Any] = {"process_bytes": process_bytes, "link": link, "cut_points": cut_points, "hasty": hasty}
-    plan = _divided(*job, **given)
-    if options.kv is not None or options.disk is not None or plan.forecast.disk_written_bytes <= spec.checkpoint_bytes:
+    plan = _divided(job, hasty=hasty)
+    options = job.options
+    if options.kv is not None or options.disk is not None or plan.forecast.disk_written_bytes <= job.spec.checkpoint_bytes:
         return plan
-    dry = [dataclasses.replace(each, disk_bytes=0) for each in limits]
     try:
-        without = _divided(*job[:3], dry, workload, **given)
+        without = _divided(job.without_kv_on_disk(), hasty=hasty)
     except CapacityError:
         return plan
     gain = without.forecast.seconds / max(plan.forecast.seconds, 1e-9) - 1
@@ -135,46 +110,62 @@ def again(plan: StagesPlan, workload: Workload, link: LinkRate | None = None) ->
     return _told([stage.layers for stage in plan.stages], [stage.plan for stage in plan.stages], link or plan.link, workload)
 
 
-def _divided(
-    options: EngineOptions,
-    spec: ModelSpec,
-    machines: Sequence[Machine],
-    limits: Sequence[Limits],
-    workload: Workload,
-    *,
-    process_bytes: Sequence[int],
-    link: LinkRate,
-    cut_points: Sequence[int] | None,
-    hasty: bool,
-) -> StagesPlan:
-    search = StageSearch(options, spec, machines, limits, workload, process_bytes=process_bytes, link=link)
-    edges = _edges(search.num_layers, cut_points)
-    if len(edges) <= len(machines):
-        raise OptionError(f"{spec.name} can be cut into at most {len(edges) - 1} stages, not into {len(machines)}")
+def _divided(job: StagedJob, *, hasty: bool) -> StagesPlan:
+    search, options = StageSearch(job), job.options
+    edges = _edges(search.num_layers, job.cut_points)
+    if len(edges) <= job.num_stages:
+        raise OptionError(f"{job.spec.name} can be cut into at most {len(edges) - 1} stages, not into {job.num_stages}")
+    whole = functools.partial(_whole, search, edges, hasty=hasty)
     asked = Bounds(request_seconds=options.max_request_seconds, job_seconds=options.max_job_seconds)
-    share = 1 / len(machines)  # of a round, and so of a request's and the job's time, is a pass at the slowest stage
-    bounds = asked.tightened(share, share)
-    nearest: Outcome | None = None
+    return _within(asked, whole, 1 / job.num_stages) if asked.are_given else whole(asked)
+
+
+def _within(asked: Bounds, whole: Callable[[Bounds], StagesPlan], share: float) -> StagesPlan:
+    """Return the best plan that keeps the bounds.
+
+    Args:
+        asked: The bounds on the whole.
+        whole: Returns the best plan under bounds on the passes of a block at one stage.
+        share: The share of a request's and the job's time that those take, about.
+
+    Raises:
+        CapacityError: Nothing fits, or no plan is as fast as the bounds require.
+    """
+    bounds, tried = asked.tightened(share, share), list[Outcome]()
     for _ in range(ATTEMPTS):
         try:
-            cut, common = _chosen(search, edges, bounds, hasty=hasty)
+            plan = whole(bounds)
         except CapacityError:
-            if not asked.are_given:
-                raise
             break
-        plan = _told(cut, [search.plan(*each, common, hasty=hasty) for each in enumerate(cut)], link, workload)
-        if len(machines) <= MOST_MOVED and (search.are_unequal or plan.bound_by == ROUND_TRIP):
-            cut = _moved(search, edges, cut, common)
-            plan = _told(cut, [search.plan(*each, common, hasty=hasty) for each in enumerate(cut)], link, workload)
-        nearest = _outcome(plan)
-        if not asked.excess(nearest.request_seconds, nearest.seconds):
+        taken = Outcome(refused=0.0, seconds=plan.forecast.seconds, request_seconds=plan.forecast.request_seconds)
+        if not asked.excess(taken.request_seconds, taken.seconds):
             return plan
-        tighter = ((asked.request_seconds, nearest.request_seconds), (asked.job_seconds, nearest.seconds))
-        bounds = bounds.tightened(*(1.0 if most is None else most / taken for most, taken in tighter))
-    if nearest is None:  # the bounds on a stage say nothing to people: what the whole takes without them does
-        cut, common = _chosen(search, edges, Bounds(), hasty=True)
-        nearest = _outcome(_told(cut, [search.plan(*each, common, hasty=True) for each in enumerate(cut)], link, workload))
-    raise CapacityError(too_slow(asked, nearest))
+        tried.append(taken)
+        tighter = ((asked.request_seconds, taken.request_seconds), (asked.job_seconds, taken.seconds))
+        bounds = bounds.tightened(*(1.0 if most is None else most / seconds for most, seconds in tighter))
+    # A stage by itself tells only about what the whole will take: the plan with the shortest requests may keep the bounds all the same.
+    plan = whole(Bounds() if asked.request_seconds is None else SHORTEST)
+    taken = Outcome(refused=0.0, seconds=plan.forecast.seconds, request_seconds=plan.forecast.request_seconds)
+    if not asked.excess(taken.request_seconds, taken.seconds):
+        return plan
+    raise CapacityError(too_slow(asked, min([*tried, taken], key=lambda each: asked.excess(each.request_seconds, each.seconds))))
+
+
+def _whole(search: StageSearch, edges: Sequence[int], bounds: Bounds, *, hasty: bool) -> StagesPlan:
+    """Return the best plan under bounds on the passes of a block at one stage.
+
+    Raises:
+        CapacityError: A stage does not fit, or none is as fast as the bounds require.
+    """
+    cut, common = _chosen(search, edges, bounds, hasty=hasty)
+
+    def told(cut: Layers) -> StagesPlan:
+        return _told(cut, [search.plan(*each, common, hasty=hasty) for each in enumerate(cut)], search.job.link, search.job.workload)
+
+    plan = told(cut)
+    if search.job.num_stages <= MOST_MOVED and (search.are_unequal or plan.bound_by == ROUND_TRIP):
+        plan = told(_moved(search, edges, cut, common))
+    return plan
 
 
 def _moved(search: StageSearch, edges: Sequence[int], cut: Layers, common: Common) -> Layers:
@@ -190,7 +181,7 @@ def _moved(search: StageSearch, edges: Sequence[int], cut: Layers, common: Commo
             plans = [search.plan(*each, common, hasty=True) for each in enumerate(layers)]
         except CapacityError:
             return NO_PLAN
-        told = forecast_stages(plans, search.link, search.workload).forecast
+        told = forecast_stages(plans, search.job.link, search.job.workload).forecast
         return told.num_refused, told.seconds
 
     borders = [edges.index(each.start) for each in cut] + [len(edges) - 1]
@@ -205,10 +196,6 @@ def _moved(search: StageSearch, edges: Sequence[int], cut: Layers, common: Commo
                         break
                     borders, best = other, found
     return tuple(range(edges[start], edges[stop]) for start, stop in pairwise(borders))
-
-
-def _outcome(plan: StagesPlan) -> Outcome:
-    return Outcome(refused=0.0, seconds=plan.forecast.seconds, request_seconds=plan.forecast.request_seconds)
 
 
 def _edges(num_layers: int, cut_points: Sequence[int] | None) -> list[int]:
@@ -262,7 +249,7 @@ def _decided(search: StageSearch, cut: Layers, deciding: Sequence[int], bounds: 
 
 def _first_cut(search: StageSearch, edges: Sequence[int]) -> Layers:
     """Return a cut in proportion to the rates of the machines, each by itself with an equal part of the layers."""
-    number, last = len(search.machines), len(edges) - 1
+    number, last = search.job.num_stages, len(edges) - 1
     begin, length = (last - last // number) // 2, max(last // number, 1)
     part = range(edges[begin], edges[min(begin + length, last)])
     rates = [search.rate(stage, part) for stage in range(number)]

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
 from dataclasses import dataclass
 
 from flexgen.errors import CapacityError, OptionError
-from flexgen.options import EngineOptions
-from flexgen.plan.machine import Limits, Machine
-from flexgen.plan.model import ModelSpec
 from flexgen.plan.stages.divide import StagesPlan, divide
-from flexgen.plan.workload import Workload
+from flexgen.plan.stages.job import StagedJob
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,29 +23,17 @@ class OneMore:
     speedup: float
 
 
-def one_more(
-    plan: StagesPlan,
-    options: EngineOptions,
-    spec: ModelSpec,
-    machines: Sequence[Machine],
-    limits: Sequence[Limits],
-    workload: Workload,
-    *,
-    process_bytes: Sequence[int],
-    cut_points: Sequence[int] | None = None,
-) -> OneMore | None:
+def one_more(plan: StagesPlan, job: StagedJob) -> OneMore | None:
     """Return about what one machine more would bring, a copy of the slowest stage's behind it; None where there is no layer for it.
 
     Args:
-        plan: The plan without it; the other arguments are those of `divide`.
+        plan: The plan without it.
+        job: The job of that plan.
     """
-    slowest = max(range(len(machines)), key=lambda stage: plan.stages[stage].busy_share)
-    places = [*range(slowest + 1), *range(slowest, len(machines))]
+    slowest = max(range(job.num_stages), key=lambda stage: plan.stages[stage].busy_share)
+    machines = (*job.machines[: slowest + 1], *job.machines[slowest:])
     try:
-        other = divide(
-            options, spec, [machines[place] for place in places], [limits[place] for place in places], workload,
-            process_bytes=[process_bytes[place] for place in places], link=plan.link, cut_points=cut_points, hasty=True,
-        )  # fmt: skip
+        other = divide(dataclasses.replace(job, machines=machines), hasty=True)
     except (CapacityError, OptionError):
         return None
-    return OneMore(like=machines[slowest].name, speedup=plan.forecast.seconds / max(other.forecast.seconds, 1e-9))
+    return OneMore(like=job.machines[slowest].machine.name, speedup=plan.forecast.seconds / max(other.forecast.seconds, 1e-9))

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from flexgen.errors import CapacityError, OptionError
 from flexgen.options import EngineOptions
-from flexgen.plan.machine import Limits, Machine, has_device_tier
+from flexgen.plan.machine import has_device_tier
 from flexgen.plan.model import ModelSpec
 from flexgen.plan.policy import Policy
 from flexgen.plan.search.evaluate import Bounds
-from flexgen.plan.search.optimise import Search, Solution
+from flexgen.plan.search.optimise import SHORTEST, Search, Solution
 from flexgen.plan.search.point import Point
 from flexgen.plan.search.solve import NOMINAL_WORKLOAD, solve, space_of
 from flexgen.plan.search.space import Space
 from flexgen.plan.stages.cut import Cost
-from flexgen.plan.stages.pipeline import LinkRate
+from flexgen.plan.stages.job import StagedJob
 from flexgen.plan.stages.spec import num_layers_of, stage_spec
 from flexgen.plan.tell.forecast import Plan, forecast
 from flexgen.plan.workload import Workload
@@ -71,41 +70,21 @@ def block_of(workload: Workload, num_blocks: int) -> Workload:
 
 
 class StageSearch:
-    """The policies of all stages that a model could have on some machines.
-
-    Args:
-        options: The options; they hold for every stage.
-        spec: The whole model.
-        machines: The machine of each stage.
-        limits: Its budgets.
-        workload: The whole job.
-        process_bytes: The resident memory of each stage's process before any weight is loaded.
-        link: The link between stages.
+    """The policies of all stages that a job could have.
 
     Attributes:
-        num_layers: The number of decoder layers of the model.
+        job: The job.
+        num_layers: The number of decoder layers of its model.
 
     Raises:
         OptionError: An option cannot be honoured on stages.
     """
 
-    def __init__(
-        self,
-        options: EngineOptions,
-        spec: ModelSpec,
-        machines: Sequence[Machine],
-        limits: Sequence[Limits],
-        workload: Workload,
-        *,
-        process_bytes: Sequence[int],
-        link: LinkRate,
-    ) -> None:
-        self.num_layers, self.machines, self.limits, self.workload, self.link = num_layers_of(spec), machines, limits, workload, link
-        self._spec, self._process_bytes, self._num_blocks = spec, process_bytes, len(machines)
-        self._block = block_of(workload if len(workload) else NOMINAL_WORKLOAD, len(machines))
-        self._options = [self._options_of(options, each.device) for each in limits]
-        whole = list(zip(machines, limits, process_bytes, strict=True))
-        self._alike = [whole.index(each) for each in whole]
+    def __init__(self, job: StagedJob) -> None:
+        self.job, self.num_layers = job, num_layers_of(job.spec)
+        self._block = block_of(job.workload if len(job.workload) else NOMINAL_WORKLOAD, job.num_stages)
+        self._options = [self._options_of(each.limits.device) for each in job.machines]
+        self._alike = [job.machines.index(each) for each in job.machines]
         self._specs: dict[range, ModelSpec] = {}
         self._signatures: dict[object, int] = {}
         self._signature_of: dict[range, int] = {}
@@ -114,14 +93,15 @@ class StageSearch:
         self._points: dict[Point, None] = {}
         self._plans: dict[tuple[int, int, Common], Plan] = {}
 
-    def _options_of(self, options: EngineOptions, device: str) -> EngineOptions:
+    def _options_of(self, device: str) -> EngineOptions:
         """Return the options of a stage without bounds on time, which are those of the whole.
 
         Beside a device the host attends to KV in its memory: a sequence's home is a combination of tiers, one per stage, and the ring that
         brings pages over a link knows the tier of one stage only.
         """
+        options = self.job.options
         attention = options.host_attention
-        if self._num_blocks > 1 and has_device_tier(device):
+        if self.job.num_stages > 1 and has_device_tier(device):
             if attention == "off":
                 raise OptionError("host_attention='off': on several stages the host attends to KV in its memory; leave host_attention out")
             attention = "on"
@@ -130,12 +110,13 @@ class StageSearch:
     def spec(self, layers: range) -> ModelSpec:
         """Return the costs of a stage with these layers."""
         if layers not in self._specs:
-            self._specs[layers] = stage_spec(self._spec, layers, self.num_layers)
+            self._specs[layers] = stage_spec(self.job.spec, layers, self.num_layers)
         return self._specs[layers]
 
     def name(self, stage: int, layers: range) -> str:
         """Return what messages call a stage."""
-        return f"stage {stage} of {len(self.machines)} (layers {layers.start} to {layers.stop - 1} on {self.machines[stage].name})"
+        machine = self.job.machines[stage].machine
+        return f"stage {stage} of {self.job.num_stages} (layers {layers.start} to {layers.stop - 1} on {machine.name})"
 
     def rate(self, stage: int, layers: range) -> float:
         """Return the tokens/s of the best steady state of a stage by itself; 0 where nothing fits."""
@@ -155,7 +136,7 @@ class StageSearch:
         Args:
             stage: The number of the stage.
             layers: Its layers.
-            bounds: The bounds on the passes of a block there.
+            bounds: The bounds on the passes of a block there; SHORTEST for the plan with the shortest requests.
             patience: How many times the usual effort the search may spend; None for once.
 
         Raises:
@@ -163,7 +144,7 @@ class StageSearch:
         """
         space = self._space(stage, layers, None)
         search = Search(space) if patience is None else Search(space, patience=patience)
-        found = search.best(bounds)
+        found = search.shortest() if bounds == SHORTEST else search.best(bounds)
         self._points[found.point] = None  # where other stages are likely to be good, too
         return Common.of(found.policy)
 
@@ -197,16 +178,16 @@ class StageSearch:
             CapacityError: Nothing fits; the message names the stage and its machine.
         """
         key = (self._alike[stage], self._signature(layers), common)
-        machine, limits, process_bytes = self.machines[stage], self.limits[stage], self._process_bytes[stage]
+        here = self.job.machines[stage]
         if key not in self._plans:
             space, found = self._space(stage, layers, common, waiting=False), self.found(stage, layers, common)
             try:
                 solution = found if found is not None and hasty else solve(space, known=[] if found is None else [found.point])
             except CapacityError as error:
                 raise CapacityError(f"{self.name(stage, layers)}: {error}") from error
-            told = forecast(solution, space.spec, machine, limits, self._block, process_bytes=process_bytes)
-            self._plans[key] = Plan(spec=space.spec, machine=machine, policy=solution.policy, forecast=told)
-        return dataclasses.replace(self._plans[key], spec=self.spec(layers), machine=machine)
+            told = forecast(solution, space.spec, here.machine, here.limits, self._block, process_bytes=here.process_bytes)
+            self._plans[key] = Plan(spec=space.spec, machine=here.machine, policy=solution.policy, forecast=told)
+        return dataclasses.replace(self._plans[key], spec=self.spec(layers), machine=here.machine)
 
     def _space(self, stage: int, layers: range, common: Common | None, *, waiting: bool = True) -> Space:
         """Return the policies of a stage: all, or those with what all stages do alike.
@@ -214,15 +195,16 @@ class StageSearch:
         Where passes are `waiting` for those of other stages, each takes the latency of a link longer: stages that take equally long leave
         no time in which it could pass unnoticed.
         """
-        options, machine = self._options[stage], self.machines[stage]
+        options, here = self._options[stage], self.job.machines[stage]
+        machine = here.machine
         if common is not None:
             options = dataclasses.replace(options, **dataclasses.asdict(common))
-        if waiting and self._num_blocks > 1:
-            overheads = dataclasses.replace(machine.overheads, per_pass=machine.overheads.per_pass + self.link.latency_s)
+        if waiting and self.job.num_stages > 1:
+            overheads = dataclasses.replace(machine.overheads, per_pass=machine.overheads.per_pass + self.job.link.latency_s)
             machine = dataclasses.replace(machine, overheads=overheads)
         return space_of(
-            options, self.spec(layers), machine, self.limits[stage], self._block, process_bytes=self._process_bytes[stage],
-            num_blocks=self._num_blocks,
+            options, self.spec(layers), machine, here.limits, self._block, process_bytes=here.process_bytes,
+            num_blocks=self.job.num_stages,
         )  # fmt: skip
 
     def _signature(self, layers: range) -> int:
