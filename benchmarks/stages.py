@@ -22,9 +22,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from flexgen.base.quantities import parse_size
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
 
-BLKIO, NETWORK = Path("/sys/fs/cgroup/blkio"), "10.77.0"
+from faults.networks import INTERFACE, network  # noqa: E402
+
+from flexgen.base.quantities import parse_size  # noqa: E402
+
+BLKIO = Path("/sys/fs/cgroup/blkio")
 PROMPT_TOKENS, OUTPUT_TOKENS = 16, 24
 CONFIG: dict[str, Any] = {
     "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16, "num_key_value_heads": 8,
@@ -71,38 +76,6 @@ def reading_at(rate: int, rank: int, folder: Path) -> Iterator[Path]:
             time.sleep(0.1)
 
 
-@contextlib.contextmanager
-def namespaces(count: int, rate: str) -> Iterator[list[str]]:
-    """Network namespaces on one bridge, each of whose interfaces sends at `rate` (as tc spells it) at most; their names."""
-    names = [f"flexgen-{os.getpid()}-{rank}" for rank in range(count)]
-    bridge = f"fg{os.getpid() % 100000}"
-
-    def run(*command: str) -> None:
-        subprocess.run(command, check=True, capture_output=True)
-
-    try:
-        run("ip", "link", "add", bridge, "type", "bridge")
-        run("ip", "link", "set", bridge, "up")
-        for rank, name in enumerate(names):
-            run("ip", "netns", "add", name)
-            inside, outside = f"fgi{rank}", f"fgo{os.getpid() % 10000}{rank}"
-            run("ip", "link", "add", outside, "type", "veth", "peer", "name", inside)
-            run("ip", "link", "set", inside, "netns", name)
-            run("ip", "link", "set", outside, "master", bridge)
-            run("ip", "link", "set", outside, "up")
-            for command in (
-                ["ip", "link", "set", inside, "name", "eth0"], ["ip", "addr", "add", f"{NETWORK}.{rank + 1}/24", "dev", "eth0"],
-                ["ip", "link", "set", "eth0", "up"], ["ip", "link", "set", "lo", "up"],
-                ["tc", "qdisc", "add", "dev", "eth0", "root", "tbf", "rate", rate, "burst", "256kb", "latency", "100ms"],
-            ):  # fmt: skip
-                run("ip", "netns", "exec", name, *command)
-        yield names
-    finally:
-        for name in names:
-            subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
-        subprocess.run(["ip", "link", "del", bridge], check=False, capture_output=True)
-
-
 def run_case(num_stages: int, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Answer num_stages blocks of requests on so many stages, and return a row of the results."""
     requests, output, metrics = (args.scratch / f"stages-{num_stages}{ending}" for ending in (".jsonl", ".out.jsonl", ".metrics.json"))
@@ -114,15 +87,15 @@ def run_case(num_stages: int, args: argparse.Namespace, folder: Path) -> dict[st
     rate, latency = args.link.split(",")
     ranks: list[subprocess.Popen[bytes]] = []
     with contextlib.ExitStack() as opened:
-        names = opened.enter_context(namespaces(num_stages, rate.lower())) if num_stages > 1 else []
+        hosts = opened.enter_context(network(num_stages, rate.lower())).hosts if num_stages > 1 else ()
         for rank in range(num_stages):
             group = opened.enter_context(reading_at(args.disk, rank, folder))
             env = dict(os.environ)
             own = list(command)
             if num_stages > 1:
                 env |= {"RANK": str(rank), "WORLD_SIZE": str(num_stages), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-                env |= {"MASTER_ADDR": f"{NETWORK}.1", "MASTER_PORT": "29555", "FLEXGEN_LINK": latency}
-                own = ["ip", "netns", "exec", names[rank], *own, "--stages", str(num_stages), "--interface", "eth0"]
+                env |= {"MASTER_ADDR": hosts[0].address, "MASTER_PORT": "29555", "FLEXGEN_LINK": latency}
+                own = ["ip", "netns", "exec", hosts[rank].name, *own, "--stages", str(num_stages), "--interface", INTERFACE]
             core = sorted(os.sched_getaffinity(0))[rank % os.cpu_count()]  # type: ignore[operator]
 
             def enter(group: Path = group, core: int = core) -> None:

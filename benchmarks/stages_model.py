@@ -2,7 +2,7 @@
 
     python benchmarks/stages_model.py [paper|scaling]
 
-Nothing runs but the planner: no model, no device, a few minutes.
+Nothing runs but the planner: no model, no device, some twenty minutes.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import functools
 import sys
 from collections.abc import Iterator, Sequence
 
-from paper.published import MEASURED_TOKENS_PER_S, WORKLOAD
+from paper.published import MEASURED_DECODE_TOKENS_PER_S, MEASURED_TOKENS_PER_S, WORKLOAD
 
-from flexgen.base.quantities import format_link, format_seconds, parse_link
+from flexgen.base.quantities import format_seconds, parse_link
 from flexgen.errors import FlexGenError
 from flexgen.options import EngineOptions
 from flexgen.plan.known.box import box_of
@@ -30,6 +30,7 @@ from flexgen.plan.workload import Workload
 
 # Table 3 of the paper: four machines with a T4 each, generated tokens per second.
 MEASURED_ON_FOUR = {"opt-6.7b": 201.12, "opt-30b": 23.61, "opt-175b": 2.33}
+MEASURED_DECODE_ON_FOUR = {"opt-6.7b": 764.65, "opt-30b": 48.94, "opt-175b": 3.86}
 PAPER_REQUESTS, PAPER_LINK = 1000, "10Gbit,0.1ms"
 
 CPU_BOX = box_of(
@@ -55,13 +56,15 @@ def link_of(text: str) -> LinkRate:
     return LinkRate(bytes_per_s=rate, latency_s=latency)
 
 
-def job_of(number: int) -> Workload:
-    return Workload(prompt_lens=(WORKLOAD.prompt_len,) * number, output_lens=(WORKLOAD.output_len,) * number)
+def job_of(number: int, *, output_len: int = WORKLOAD.output_len) -> Workload:
+    return Workload(prompt_lens=(WORKLOAD.prompt_len,) * number, output_lens=(output_len,) * number)
 
 
-def planned(spec: ModelSpec, box: Machine, number: int, job: Workload, link: str, *, hasty: bool) -> StagesPlan:
+def planned(
+    spec: ModelSpec, box: Machine, number: int, job: Workload, link: str, *, schedule: str = "auto", hasty: bool = False
+) -> StagesPlan:
     """The plan of a model on so many equal machines, each of which has the files of its own layers."""
-    options = EngineOptions(dtype=spec.dtype)
+    options = EngineOptions(dtype=spec.dtype, schedule=schedule)
     limits = beside_checkpoint(limits_of(box, options), spec.checkpoint_bytes // number, options)
     machine = StageMachine(machine=box, limits=limits, process_bytes=PROCESS_BYTES[box.device])
     asked = StagedJob(options=options, spec=spec, machines=(machine,) * number, workload=job, link=link_of(link))
@@ -75,22 +78,30 @@ def bound_of(plan: StagesPlan) -> str:
 
 
 def paper_rows() -> Iterator[str]:
-    """One and four of the paper's machines, measured and planned, in tokens per second."""
+    """One and four of the paper's machines, measured and planned."""
     box, job = find_machine("t4-gcp"), job_of(PAPER_REQUESTS)
     for name in MEASURED_ON_FOUR:
-        one, four = (planned(catalogue_spec(name), box, number, job, PAPER_LINK, hasty=True) for number in (1, 4))
-        measured = MEASURED_TOKENS_PER_S[name], MEASURED_ON_FOUR[name]
-        rates = one.forecast.output_tokens_per_s, four.forecast.output_tokens_per_s
+        plans = [planned(catalogue_spec(name), box, number, job, PAPER_LINK) for number in (1, 4)]
+        waves = [planned(catalogue_spec(name), box, number, job, PAPER_LINK, schedule="zigzag") for number in (1, 4)]
         yield row(
             name,
-            *(f"{rate:.2f}" for rate in measured),
-            f"{measured[1] / measured[0]:.1f}",
-            *(f"{rate:.2f}" for rate in rates),
-            f"{rates[1] / rates[0]:.1f}",
-            bound_of(one),
-            bound_of(four),
-            f"{four.bubble_share:.1%}",
+            *compared(MEASURED_TOKENS_PER_S[name], MEASURED_ON_FOUR[name]),
+            *compared(*(plan.forecast.output_tokens_per_s for plan in plans)),
+            *(bound_of(plan) for plan in plans),
+            f"{plans[1].bubble_share:.1%}",
+            *compared(MEASURED_DECODE_TOKENS_PER_S[name], MEASURED_DECODE_ON_FOUR[name]),
+            *compared(*map(decode_rate, waves)),
         )
+
+
+def compared(one: float, four: float) -> tuple[str, str, str]:
+    return f"{one:.2f}", f"{four:.2f}", f"{four / one:.1f}"
+
+
+def decode_rate(plan: StagesPlan) -> float:
+    """Tokens per second of all passes but the first, as the paper counts them: the time of prompts is left out."""
+    whole, prompts = again(plan, job_of(PAPER_REQUESTS)), again(plan, job_of(PAPER_REQUESTS, output_len=1))
+    return (whole.forecast.output_tokens - prompts.forecast.output_tokens) / (whole.forecast.seconds - prompts.forecast.seconds)
 
 
 @functools.cache
@@ -100,29 +111,28 @@ def in_four_bits(name: str, dtype: str) -> ModelSpec:
 
 
 def scaling_rows(name: str, box: Machine) -> Iterator[str]:
-    """The model in 4 bits on ever more machines: the plan for the first link, and its forecast over the others."""
+    """The model in 4 bits on ever more machines, with a plan for each link."""
     spec, job = in_four_bits(name, "bfloat16" if box.device == "cpu" else "float16"), job_of(REQUESTS)
-    alone: float | None = None
+    alone: float | None = None  # tokens/s of one machine's part, where they first fit
     for number in NUMBERS:
         try:
-            plan = planned(spec, box, number, job, LINKS[0], hasty=True)
+            plans = [planned(spec, box, number, job, link, hasty=True) for link in (LINKS[:1] if number == 1 else LINKS)]
         except FlexGenError as error:
-            yield row(number, *["-"] * 9, str(error).partition(":")[2].partition("(")[0].strip()[:60])
+            yield row(number, f"does not fit: {error}")
             continue
-        rates = [again(plan, job, link_of(link)).forecast.output_tokens_per_s for link in LINKS]
+        rates = [plan.forecast.output_tokens_per_s for plan in plans]
         alone = alone or rates[0] / number
-        slow = again(plan, job, link_of(LINKS[-1]))
-        policy, bytes_of = plan.stages[0].plan.policy, plan.stages[len(plan.stages) // 2].plan.policy
+        policy, middle = plans[0].stages[0].plan.policy, plans[0].stages[number // 2].plan.policy
+        links = [f"{rate:.2f} ({rate / alone / number:.2f}, {bound_of(plan)})" for rate, plan in zip(rates, plans, strict=True)]
         yield row(
             number,
-            *(f"{rate:.2f}" for rate in rates),
-            f"{rates[0] / alone / number:.2f}",
+            *links,
+            *[""] * (len(LINKS) - len(links)),
             policy.max_num_seqs,
-            homes_of(bytes_of.weights),
-            homes_of(bytes_of.kv),
-            f"{bound_of(plan)}; {bound_of(slow)}",
-            f"{plan.bubble_share:.1%}; {slow.bubble_share:.1%}",
-            format_seconds(plan.round_trip_seconds),
+            homes_of(middle.weights),
+            homes_of(middle.kv),
+            f"{plans[0].bubble_share:.1%}",
+            format_seconds(plans[0].round_trip_seconds),
         )
 
 
@@ -134,15 +144,12 @@ def homes_of(shares: object) -> str:
 
 def main(asked: Sequence[str]) -> None:
     if not asked or "paper" in asked:
-        header = (
-            "model", "measured on 1", "on 4", "times", "planned on 1", "on 4", "times", "1 is bound by", "4 are bound by", "bubbles",
-        )  # fmt: skip
-        print(table(header, paper_rows()))
+        rates = ("measured on 1", "on 4", "times", "planned on 1", "on 4", "times")
+        header = ("model", *rates, "1 is bound by", "4 are bound by", "bubbles", *(f"next tokens: {each}" for each in rates))
+        print(table(header, paper_rows()), flush=True)
     if not asked or "scaling" in asked:
-        header = (
-            "machines", *(format_link(link_of(link).bytes_per_s, link_of(link).latency_s) for link in LINKS), "efficiency",
-            "sequences of a block", "weights", "KV", "bound by, first link; last", "bubbles", "round trip",
-        )  # fmt: skip
+        links = (f"{link} (efficiency, bound by)" for link in LINKS)
+        header = ("machines", *links, "sequences of a block", "weights", "KV", "bubbles", "round trip")
         for name in MODELS:
             for box in BOXES:
                 print(f"\n{name} on {box.name}\n")

@@ -51,7 +51,7 @@ def test_a_plan_of_stages_as_json(tmp_path: Path) -> None:
     first, last = named["stages"]
     assert (first["layers"][0], last["layers"][1]) == (0, 48)
     assert first["layers"][1] == last["layers"][0]
-    assert first["policy"]["num_blocks"] == last["policy"]["num_blocks"] == 2
+    assert first["policy"]["num_blocks"] == last["policy"]["num_blocks"] >= 2
     assert named["one_more"]["like"] == "t4-gcp"
     assert named["forecast"]["num_requests"] == 200
 

@@ -18,6 +18,7 @@ from flexgen.engine.choosing import Chooser
 from flexgen.errors import CapacityError, OptionError
 from flexgen.plan.workload import Workload
 from flexgen.request import TokenRequest, TokenResult
+from flexgen.session.stage_group import StageGroup
 from tests.distributed.threads import Hub, stages_as_threads
 from tests.models.parity import Expected, assert_same_tokens, build, expected, requests_for, save
 from tests.models.tiny_configs import tiny_config
@@ -79,6 +80,20 @@ def test_families(model_type: str, num_stages: int, family: Callable[[str], tupl
     assert sum(each.num_layers for each in report.stages) == 4
     assert len(report.stages) == num_stages
     assert {each.passes for each in report.stages} == {report.num_passes}
+
+
+@pytest.mark.parametrize("kv", ["host=1", "host=.5,disk=.5"])
+def test_more_blocks_than_stages(kv: str, novels_qwen3: Path, tmp_path: Path, hubs: list[Hub], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a link is slow, as many blocks are in flight as keep the stages busy."""
+    monkeypatch.setattr(StageGroup, "ping_seconds", lambda self: 0.3)
+    params = [SamplingParams(temperature=0.8 * (each % 2), seed=each, max_tokens=4 + each) for each in range(10)]
+    how: dict[str, Any] = {"dtype": "float32", "offload_dir": str(tmp_path), "kv": kv, "max_num_seqs": 1}
+    with LLM(novels_qwen3, **how) as alone:
+        wanted = alone.generate(2 * PROMPTS, params)
+    with LLM(novels_qwen3, stages=2, **how) as llm:
+        found = llm.generate(2 * PROMPTS, params)
+        assert llm.report().policy["num_blocks"] > 2
+    assert [output.outputs[0].token_ids for output in found] == [output.outputs[0].token_ids for output in wanted]
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)

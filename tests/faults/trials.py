@@ -598,16 +598,16 @@ def command(model: Path, requests: Path, job: Path) -> list[str]:
 # -- the model and the requests -----------------------------------------------------------------------------------------------------------
 
 
-def write_model(folder: Path) -> None:
-    """Two layers with random weights, pages of KV that are whole blocks.  This computes: call it in a child."""
+def write_model(folder: Path, num_layers: int = 2) -> None:
+    """A few layers with random weights, pages of KV that are whole blocks.  This computes: call it in a child."""
     import torch
     import transformers
 
     from flexgen.checkpoint.dummy import write_random_checkpoint
 
     config = transformers.LlamaConfig(
-        vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
-        max_position_embeddings=128, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+        vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=num_layers, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=32, max_position_embeddings=128, bos_token_id=1, eos_token_id=2, pad_token_id=0,
     )  # fmt: skip
     write_random_checkpoint(config, folder, torch.float32)
 

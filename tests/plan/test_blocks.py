@@ -10,6 +10,7 @@ from plan.instances import PROCESS_BYTES, TIERS, instance_of
 from flexgen.base.quantities import GIB
 from flexgen.errors import CapacityError
 from flexgen.options import DTYPE_BYTES, EngineOptions
+from flexgen.plan.play.blocks import Blocks
 from flexgen.plan.play.simulate import simulate
 from flexgen.plan.policy import Fractions
 from flexgen.plan.price.copies import hidden_bytes
@@ -60,7 +61,16 @@ def test_room_for_the_hidden_states_of_two_passes(make_spec, make_policy):
 def test_budgets_hold_for_all_blocks_together(seed):
     instance = instance_of(seed)
     limits = dataclasses.replace(instance.limits, host_bytes=2 * instance.limits.host_bytes, device_bytes=2 * instance.limits.device_bytes)
-    space = Space(instance.options, instance.spec, instance.machine, limits, instance.workload, PROCESS_BYTES, TIERS, 3)
+    space = Space(
+        instance.options,
+        instance.spec,
+        instance.machine,
+        limits,
+        instance.workload,
+        PROCESS_BYTES,
+        TIERS,
+        Blocks(num_blocks=3, num_stages=3),
+    )
     try:
         policy = Search(space, patience=0.05).best(Bounds()).policy
     except CapacityError:
@@ -79,7 +89,7 @@ def test_blocks_of_a_shortage_are_named(make_spec, make_machine, make_limits):
     options = EngineOptions(dtype="bfloat16", kv="host=1")
     limits = make_limits(host_bytes=PROCESS_BYTES + 60 * (1 << 20))
     spec = dataclasses.replace(make_spec(), kv_groups=(dataclasses.replace(make_spec().kv_groups[0], bytes_per_token=1 << 13),))
-    few, many = (Space(options, spec, make_machine(), limits, job, PROCESS_BYTES, TIERS, number) for number in (1, 4))
+    few, many = (Space(options, spec, make_machine(), limits, job, PROCESS_BYTES, TIERS, Blocks(num_blocks=number)) for number in (1, 4))
     assert "KV of one request in each of 4 blocks" in shortage(many)
     assert "in each of" not in shortage(few)
 

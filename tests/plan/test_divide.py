@@ -15,7 +15,7 @@ from flexgen.options import EngineOptions
 from flexgen.plan.known.machines import find_machine, limits_of
 from flexgen.plan.known.models import catalogue_spec
 from flexgen.plan.model import KVGroupSpec
-from flexgen.plan.play.blocks import with_drains
+from flexgen.plan.play.blocks import ALONE, Blocks
 from flexgen.plan.price.memory import footprint
 from flexgen.plan.search import solve
 from flexgen.plan.search.optimise import Search
@@ -224,8 +224,10 @@ def test_prompts_in_waves_drain_the_pipeline_which_a_stage_alone_would_not_know(
     """A pass that is shorter than the one before finds the last stage busy with that; a longer one waits for nobody."""
     times, number = np.array([1.0, 4.0, 2.0, 2.5, 0.5]), 3
     passes = PassTimes(stages=np.tile(times[:, None], number), links=np.zeros((5, 2)), exposed=np.zeros((5, 2)), latency_s=0.0)
-    assert number * with_drains(times, number).sum() == pytest.approx(play(passes, number).seconds)
-    assert with_drains(times, 1).tolist() == times.tolist()
+    assert number * Blocks(num_blocks=number, num_stages=number).with_drains(times).sum() == pytest.approx(play(passes, number).seconds)
+    more = (number + 2) * Blocks(num_blocks=number + 2, num_stages=number).with_drains(times).sum()
+    assert 1.0 <= more / play(passes, number + 2).seconds < 1.1
+    assert ALONE.with_drains(times).tolist() == times.tolist()
 
 
 def test_a_stage_that_does_not_fit_is_named(make_spec, make_machine, make_limits, make_options):

@@ -31,6 +31,7 @@ def small(monkeypatch):
     monkeypatch.setattr(compute, "DENSE_SHAPES", ((256, 256), (512, 128)))
     monkeypatch.setattr(disk, "READ_THREADS", (1, 2))
     monkeypatch.setattr(disk, "READ_SECONDS", (0.02, 0.05))
+    monkeypatch.setattr(disk, "SUSTAINED_SECONDS", (0.02, 0.05))
     monkeypatch.setattr(disk, "READ_SIZES", (256 * KIB, 1 * MIB))
     monkeypatch.setattr(disk, "FILE_BYTES", (4 * MIB, 8 * MIB))
     monkeypatch.setattr(overheads, "NUM_LAYERS", 2)

@@ -188,7 +188,7 @@ class Health:
             store.set(_beat(self.rank), _LEFT.decode())
         except (RuntimeError, StageError) as error:  # whatever goes wrong in torch's store
             if not self._is_over.is_set() and self._failure is None:
-                self._store_is_lost(f"has ended: its store is gone ({str(error).partition(chr(10))[0]})")
+                self._store_is_lost(f"has ended: its store is gone ({str(error).partition(chr(10))[0]})", is_gone=True)
 
     def _beat_once(self, store: HealthStore, count: int) -> None:
         """Write the own beat, read all others, and what is the verdict if there is one."""
@@ -234,13 +234,16 @@ class Health:
             elif self._suspicion is not None and now - self._suspected_at > timings.verdict_seconds:
                 self._store_is_lost("does not answer: its store says nothing")
 
-    def _store_is_lost(self, reason: str) -> None:
-        """Conclude without the store: whoever serves it is lost, or else whoever is suspected."""
+    def _store_is_lost(self, reason: str, *, is_gone: bool = False) -> None:
+        """Conclude without the store: whoever serves it is lost, or else whoever is suspected.
+
+        A store that `is_gone` at once has ended: ranks that noticed it earlier have ended because of that, and their connections broke.
+        """
         suspicion = self._suspicion
         if suspicion is not None:
             own = suspicion.rank == self.rank  # its own error is certain
             answered = self._suspected_at - self._answered_at < self.timings.verdict_seconds  # until what is suspected happened
-            if own or (answered and self._store_rank in (None, self.rank)):
+            if own or (answered and not is_gone and self._store_rank in (None, self.rank)):
                 return self._conclude(suspicion)
         return self._conclude(Failure(self._store_rank, reason))
 

@@ -82,11 +82,12 @@ class StageGroup:
         to_next: What sends to the second stage.
         from_last: What receives from the last stage.
         num_opened: The number of engines that were opened.
+        num_described: How often the machines were described.
     """
 
     def __init__(self, found: ResolvedModel, ranks: Ranks, opened: contextlib.ExitStack) -> None:
         self.ranks, self._found, self._opened = ranks, found, opened
-        self.num_opened = self._ping_at = 0
+        self.num_opened = self.num_described = self._ping_at = 0
         self._hop_seconds = 0.0
         self.to_next: Sender = ranks.sender(1)
         self.from_last: Receiver = ranks.receiver(ranks.size - 1)

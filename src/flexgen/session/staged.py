@@ -161,10 +161,11 @@ def plan_stages(found: ResolvedModel, options: EngineOptions, workload: Workload
         StageError: A stage does not work any more.
     """
     group.probe()
-    group.tell("describe", {"number": group.num_opened})
+    number, group.num_described = group.num_described, group.num_described + 1
+    group.tell("describe", {"number": number})
     here = describe(found, options, group.ranks.local_size)
     try:
-        others = group.gather(f"described/{group.num_opened}")
+        others = group.gather(f"described/{number}")
         link_latency = group.ping_seconds()
         step("choosing a plan")
         first = StageMachine(machine=here.machine, limits=here.limits, process_bytes=here.process_bytes)

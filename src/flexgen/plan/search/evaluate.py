@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass
 
 from flexgen.plan.machine import has_device_tier
-from flexgen.plan.play.blocks import with_drains
 from flexgen.plan.play.sampling import Sample, Samples, play_sample
 from flexgen.plan.play.simulate import Simulation
 from flexgen.plan.policy import Policy
@@ -134,7 +133,8 @@ class Player:
 
     def _play(self, policy: Policy, sample: Sample) -> Outcome:
         played = play_sample(self.space.spec, policy, sample, weights=self.space.placed.of(policy.weights).work)
-        seconds = [with_drains(job.seconds(self.expectation, policy), policy.num_blocks) for job in played.jobs]
+        alone = [job.seconds(self.expectation, policy) for job in played.jobs]
+        seconds = [self.space.blocks.with_drains(each) for each in alone]
         self.effort += sum(map(_effort, played.jobs))
         return Outcome(
             refused=played.refused,

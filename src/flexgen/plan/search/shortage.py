@@ -63,7 +63,7 @@ def _needs(space: Space, weights: Fractions, homes: Fractions) -> dict[str, dict
     """Return the needs of the smallest plan for one request, by tier and part; its largest tier of KV can hold the request."""
     draft = space.smallest(weights, spills=homes.disk > 0)
     largest = max(homes.device, homes.host, homes.disk)
-    blocks = space.num_blocks
+    blocks = space.blocks.num_blocks
     kv = {tier: blocks * (math.ceil(space.sizes.smallest * getattr(homes, tier) / largest) + ROUNDING_BYTES) for tier in TIERS}
     needs = {tier: dict(parts) for tier, parts in space.drafts.used(draft).items()}
     on_disk = kv["disk"] if homes.disk else 0
@@ -80,7 +80,7 @@ def _needs(space: Space, weights: Fractions, homes: Fractions) -> dict[str, dict
 
 
 def _kv_name(space: Space) -> str:
-    return ONE_REQUEST if space.num_blocks == 1 else f"{ONE_REQUEST} in each of {space.num_blocks} blocks"
+    return ONE_REQUEST if space.blocks.num_blocks == 1 else f"{ONE_REQUEST} in each of {space.blocks.num_blocks} blocks"
 
 
 def _sentence(space: Space, tier: str, parts: Mapping[str, int]) -> str:

@@ -11,6 +11,7 @@ from flexgen.options import TIERS, EngineOptions
 from flexgen.plan.machine import Limits, Machine
 from flexgen.plan.model import ModelSpec
 from flexgen.plan.play.answer_lengths import expected
+from flexgen.plan.play.blocks import ALONE, Blocks
 from flexgen.plan.search.evaluate import Bounds, Player
 from flexgen.plan.search.moves import wander
 from flexgen.plan.search.optimise import Search, Solution
@@ -48,7 +49,7 @@ def space_of(
     *,
     process_bytes: int,
     kv_tiers: Sequence[str] = TIERS,
-    num_blocks: int = 1,
+    blocks: Blocks = ALONE,
 ) -> Space:
     """Return the policies to choose from.
 
@@ -60,13 +61,13 @@ def space_of(
         workload: The job.
         process_bytes: The resident memory of the process before any weight is loaded.
         kv_tiers: The tiers where KV may live; the disk is never chosen when the offload folder lies in memory.
-        num_blocks: The number of blocks in flight, of which the job is one.
+        blocks: The blocks in flight through the stages of a pipeline; the job is one of them.
 
     Raises:
         OptionError: An option cannot be honoured on this device.
     """
     planned = _servable(spec, limits, expected(workload) if len(workload) else NOMINAL_WORKLOAD)
-    return Space(options, spec, machine, limits, planned, process_bytes, kv_tiers, num_blocks)
+    return Space(options, spec, machine, limits, planned, process_bytes, kv_tiers, blocks)
 
 
 def _servable(spec: ModelSpec, limits: Limits, workload: Workload) -> Workload:

@@ -15,6 +15,7 @@ from flexgen.errors import OptionError
 from flexgen.options import DTYPE_BYTES, TIERS, WEIGHT_HOMES, EngineOptions
 from flexgen.plan.machine import Limits, Machine, has_device_tier
 from flexgen.plan.model import ModelSpec
+from flexgen.plan.play.blocks import ALONE, Blocks
 from flexgen.plan.policy import PAGE_TOKENS, Fractions, Policy
 from flexgen.plan.price.memory import PlacedWeights
 from flexgen.plan.price.requests import JobSizes
@@ -52,7 +53,7 @@ class Space:
         workload: Workload,
         process_bytes: int,
         kv_tiers: Sequence[str],
-        num_blocks: int = 1,
+        blocks: Blocks = ALONE,
     ) -> None:
         if options.dtype not in DTYPE_BYTES:
             raise OptionError(f"dtype={options.dtype!r}: a plan needs one of {', '.join(DTYPE_BYTES)}")
@@ -69,12 +70,12 @@ class Space:
         for tier in TIERS:
             if self.kv is not None and getattr(self.kv, tier) > 0 and tier not in kv_tiers:
                 raise OptionError(f"kv={options.kv!r}: KV can live on {' or '.join(kv_tiers)} here, not on {tier}")
-        self._allowed_kv_tiers, self.num_blocks = kv_tiers, num_blocks
+        self._allowed_kv_tiers, self.blocks = kv_tiers, blocks
         self.sizes = JobSizes(spec, workload, PAGE_TOKENS)
         self.placed = PlacedWeights(spec, limits.device)
         self.drafts = Drafts(
             spec, machine, limits, self.sizes, self.placed, dtype=self.dtype, process_bytes=process_bytes, kv=self.kv,
-            num_seqs=options.max_num_seqs or 1, num_blocks=num_blocks,
+            num_seqs=options.max_num_seqs or 1, num_blocks=blocks.num_blocks,
         )  # fmt: skip
         self._take_limits(limits)
 
@@ -85,7 +86,7 @@ class Space:
         self.disk_bytes = limits.disk_bytes if "disk" in allowed and not limits.offload_in_memory else 0
         exists = {"device": not self.on_cpu, "host": True, "disk": self.disk_bytes > 0}
         self.kv_tiers = tuple(tier for tier in TIERS if tier in allowed and exists[tier])
-        self.pools = KVPools(self.spec, self.sizes, limits, self.disk_bytes, self.kv, self.num_blocks)
+        self.pools = KVPools(self.spec, self.sizes, limits, self.disk_bytes, self.kv, self.blocks.num_blocks)
 
     def micro_batches(self) -> list[int]:
         """Return the sizes of micro-batches to choose from.
@@ -209,7 +210,7 @@ class Space:
             memory_bytes={"device": free["device"], "host": free["host"], "disk": self.disk_bytes},
             disk_growth=self.spec.disk_kv_growth,
             sequence_bytes=grown,
-            kv_bytes=self.num_blocks * self.sizes.mean,
+            kv_bytes=self.blocks.num_blocks * self.sizes.mean,
             staged=self.pools.staged,
         )
 
@@ -250,11 +251,11 @@ class Space:
     def _weights_room(self, bare: Policy, on_device: float, encoded: float) -> dict[str, float]:
         """Return the bytes per tier that weights may take."""
         room: dict[str, float] = {**self.drafts.free(bare)}
-        room[self.computing] -= self.num_blocks * self.sizes.largest
+        room[self.computing] -= self.blocks.num_blocks * self.sizes.largest
         drafted = (bare.schedule, bare.micro_batch_tokens, bare.prefill_tokens)
         computing = Fractions(host=1.0 - encoded, encoded=encoded) if self.on_cpu else Fractions(device=1.0)
         whole = self.drafts.draft(computing, *drafted, spills=False, host_attention=bare.host_attention)
-        if self.drafts.free(whole)[self.computing] >= self.num_blocks * self.sizes.smallest:
+        if self.drafts.free(whole)[self.computing] >= self.blocks.num_blocks * self.sizes.smallest:
             room[self.computing] = math.inf
         elif not self.on_cpu:
             # The weights that the device does not hold may all fit on the host, which then needs no staging.

@@ -1,15 +1,17 @@
 """Divides a model among machines that are the stages of a pipeline, so that the slowest stage is as fast as possible.
 
-With K stages there are K blocks of sequences in flight, whose passes follow each other through the stages. Each pass takes the slowest
-stage's time, so what is best for that stage by itself, a block's job and a K-th of the memory for its KV (search.py), is best for all: it
-decides how many sequences a block has and how large passes and micro-batches are. All other stages keep to that, each with homes of its
-own for weights and KV. The layers are cut so that the slowest stage is fastest (cut.py); where another one is the slowest then, it decides
-in turn, and the better of both counts. What comes of it is played as a whole (forecast.py).
+With K stages there are K blocks of sequences in flight, or some more where links are slow, whose passes follow each other through the
+stages. Each pass takes the slowest stage's time, so what is best for that stage by itself, a block's job and a K-th of the memory for its
+KV (search.py), is best for all: it decides how many sequences a block has and how large passes and micro-batches are. All other stages
+keep to that, each with homes of its own for weights and KV. The layers are cut so that the slowest stage is fastest (cut.py); where another
+one is the slowest then, it decides in turn, and the better of both counts. What comes of it is played as a whole (forecast.py).
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -32,6 +34,8 @@ __all__ = ["ROUND_TRIP", "LinkRate", "StagePlan", "StagesPlan", "again", "divide
 ROUNDS, ATTEMPTS = 4, 4
 # The share of the usual effort of a search for a plan that is only compared with others.
 HASTY = 0.1
+# More blocks than stages are tried where a pass comes back so much later than a round of blocks would take, up to so many times as many.
+LEAST_MORE_BLOCKS, MOST_BLOCKS = 1.05, 4
 # The most machines for which borders are moved one by one.
 MOST_MOVED = 8
 # Machines on which nothing fits count as so many times slower than the fastest, in the first cut.
@@ -69,6 +73,7 @@ class StagesPlan:
         bubble_share: The share of the job's time in which even the busiest stage waits: while the pipeline fills and drains, and for what
             is still on its way through the others.
         round_trip_seconds: The mean seconds of a pass through all stages and back.
+        blocks_per_trip: How many passes the slowest stage or link could serve in that time.
     """
 
     stages: tuple[StagePlan, ...]
@@ -77,10 +82,13 @@ class StagesPlan:
     bound_by: str
     bubble_share: float
     round_trip_seconds: float
+    blocks_per_trip: float
 
 
 def divide(job: StagedJob, *, hasty: bool = False) -> StagesPlan:
     """Return the best plans of a pipeline's stages.
+
+    There are as many blocks in flight as stages, or more where blocks would be back at the first stage too late to keep it busy.
 
     Unless the options place KV, plans that write more bytes of KV to disk than the weights have are chosen only if that gains at least
     LEAST_SPILL_GAIN, or if the options give a budget on disk.
@@ -93,16 +101,35 @@ def divide(job: StagedJob, *, hasty: bool = False) -> StagesPlan:
         OptionError: There are more stages than the model can be cut into, or an option cannot be honoured.
         CapacityError: A stage does not fit its machine (the message names both), or the job takes longer than it may.
     """
-    plan = _divided(job, hasty=hasty)
+    plan = _with_enough_blocks(job, hasty=hasty)
     options = job.options
     if options.kv is not None or options.disk is not None or plan.forecast.disk_written_bytes <= job.spec.checkpoint_bytes:
         return plan
     try:
-        without = _divided(job.without_kv_on_disk(), hasty=hasty)
+        without = _with_enough_blocks(job.without_kv_on_disk(), hasty=hasty)
     except CapacityError:
         return plan
     gain = without.forecast.seconds / max(plan.forecast.seconds, 1e-9) - 1
     return plan if gain >= LEAST_SPILL_GAIN or without.forecast.num_refused > plan.forecast.num_refused else without
+
+
+def _with_enough_blocks(job: StagedJob, *, hasty: bool) -> StagesPlan:
+    """Return the best plan of those with as many blocks as stages, and with as many as make a round of blocks last as long as a trip."""
+    plan = _divided(job, job.num_stages, hasty=hasty)
+    needed = min(plan.blocks_per_trip, MOST_BLOCKS * job.num_stages, float(len(job.workload)))
+    if job.num_stages == 1 or needed < LEAST_MORE_BLOCKS * job.num_stages:
+        return plan
+    for share in (0.5, 1.0):
+        num_blocks = math.ceil(job.num_stages + share * (needed - job.num_stages))
+        with contextlib.suppress(CapacityError):
+            other = _divided(job, num_blocks, hasty=hasty)
+            if _cost_of(other) < _cost_of(plan):
+                plan = other
+    return plan
+
+
+def _cost_of(plan: StagesPlan) -> Cost:
+    return plan.forecast.num_refused, plan.forecast.seconds
 
 
 def again(plan: StagesPlan, workload: Workload, link: LinkRate | None = None) -> StagesPlan:
@@ -110,14 +137,14 @@ def again(plan: StagesPlan, workload: Workload, link: LinkRate | None = None) ->
     return _told([stage.layers for stage in plan.stages], [stage.plan for stage in plan.stages], link or plan.link, workload)
 
 
-def _divided(job: StagedJob, *, hasty: bool) -> StagesPlan:
-    search, options = StageSearch(job), job.options
+def _divided(job: StagedJob, num_blocks: int, *, hasty: bool) -> StagesPlan:
+    search, options = StageSearch(job, num_blocks), job.options
     edges = _edges(search.num_layers, job.cut_points)
     if len(edges) <= job.num_stages:
         raise OptionError(f"{job.spec.name} can be cut into at most {len(edges) - 1} stages, not into {job.num_stages}")
     whole = functools.partial(_whole, search, edges, hasty=hasty)
     asked = Bounds(request_seconds=options.max_request_seconds, job_seconds=options.max_job_seconds)
-    return _within(asked, whole, 1 / job.num_stages) if asked.are_given else whole(asked)
+    return _within(asked, whole, 1 / num_blocks) if asked.are_given else whole(asked)
 
 
 def _within(asked: Bounds, whole: Callable[[Bounds], StagesPlan], share: float) -> StagesPlan:
@@ -276,6 +303,7 @@ def _told(cut: Sequence[range], plans: Sequence[Plan], link: LinkRate, workload:
         bound_by=told.bound_by,
         bubble_share=max(1 - max(told.busy_shares), 0.0),
         round_trip_seconds=told.round_trip_seconds,
+        blocks_per_trip=told.round_trip_seconds / max(*told.seconds_per_pass, *told.link_seconds_per_pass, 1e-9),
     )
 
 

@@ -53,9 +53,8 @@ def forecast_stages(plans: Sequence[Plan], link: LinkRate, workload: Workload) -
         link: The link between a stage and the next.
         workload: The whole job.
     """
-    workload, number = expected(workload), len(plans)
-    block, active = block_of(workload, number), min(number, len(workload))
-    policy = plans[0].policy
+    workload, policy = expected(workload), plans[0].policy
+    block, active = block_of(workload, policy.num_blocks), min(policy.num_blocks, len(workload))
     sample = Samples.played_once(block).of(policy.max_num_seqs)
     courses = [_Course.of(plans, link, queue) for queue in (sample.queue, sample.half) if queue is not None]
     course, played = courses[0], play(courses[0].times, active)

@@ -9,6 +9,7 @@ from flexgen.errors import CapacityError, OptionError
 from flexgen.options import EngineOptions
 from flexgen.plan.machine import has_device_tier
 from flexgen.plan.model import ModelSpec
+from flexgen.plan.play.blocks import Blocks
 from flexgen.plan.policy import Policy
 from flexgen.plan.search.evaluate import Bounds
 from flexgen.plan.search.optimise import SHORTEST, Search, Solution
@@ -72,6 +73,10 @@ def block_of(workload: Workload, num_blocks: int) -> Workload:
 class StageSearch:
     """The policies of all stages that a job could have.
 
+    Args:
+        job: The job.
+        num_blocks: The number of blocks in flight.
+
     Attributes:
         job: The job.
         num_layers: The number of decoder layers of its model.
@@ -80,9 +85,10 @@ class StageSearch:
         OptionError: An option cannot be honoured on stages.
     """
 
-    def __init__(self, job: StagedJob) -> None:
+    def __init__(self, job: StagedJob, num_blocks: int) -> None:
         self.job, self.num_layers = job, num_layers_of(job.spec)
-        self._block = block_of(job.workload if len(job.workload) else NOMINAL_WORKLOAD, job.num_stages)
+        self._blocks = Blocks(num_blocks=num_blocks, num_stages=job.num_stages)
+        self._block = block_of(job.workload if len(job.workload) else NOMINAL_WORKLOAD, num_blocks)
         self._options = [self._options_of(each.limits.device) for each in job.machines]
         self._alike = [job.machines.index(each) for each in job.machines]
         self._specs: dict[range, ModelSpec] = {}
@@ -192,19 +198,19 @@ class StageSearch:
     def _space(self, stage: int, layers: range, common: Common | None, *, waiting: bool = True) -> Space:
         """Return the policies of a stage: all, or those with what all stages do alike.
 
-        Where passes are `waiting` for those of other stages, each takes the latency of a link longer: stages that take equally long leave
-        no time in which it could pass unnoticed.
+        Where passes are `waiting` for those of other stages, and there are no more blocks than stages, each takes the latency of a link
+        longer: stages that take equally long leave no time in which it could pass unnoticed.
         """
         options, here = self._options[stage], self.job.machines[stage]
         machine = here.machine
         if common is not None:
             options = dataclasses.replace(options, **dataclasses.asdict(common))
-        if waiting and self.job.num_stages > 1:
+        if waiting and self._blocks.num_blocks == self.job.num_stages > 1:
             overheads = dataclasses.replace(machine.overheads, per_pass=machine.overheads.per_pass + self.job.link.latency_s)
             machine = dataclasses.replace(machine, overheads=overheads)
         return space_of(
             options, self.spec(layers), machine, here.limits, self._block, process_bytes=here.process_bytes,
-            num_blocks=self.job.num_stages,
+            blocks=self._blocks,
         )  # fmt: skip
 
     def _signature(self, layers: range) -> int:
