@@ -2,9 +2,11 @@
 
     python benchmarks/faults.py --scratch DIR [--trials 5000] [--workers 2]
     python benchmarks/faults.py --scratch DIR --only KIND [--only KIND ...] --jobs 57
+    python benchmarks/faults.py --page
 
 Every failpoint is struck at each of its hits in turn; then every kind of fault strikes jobs at random.  A worker is a process of this
-script that runs one job after the other and writes an outcome per line.  With --only the rows of other kinds stay what they are.
+script that runs one job after the other and writes an outcome per line.  With --only the rows of other kinds stay what they are.  --page
+writes the page anew, with what `python -m faults.stage_trials` and `python -m faults.workers --results` found on several machines.
 """
 
 from __future__ import annotations
@@ -21,8 +23,10 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
 sys.path.insert(0, str(ROOT / "tests"))
 
 from faults.kinds import ALL_KINDS, Workshops  # noqa: E402
@@ -87,9 +91,13 @@ def main() -> int:
     parser.add_argument("--only", action="append", choices=ALL_KINDS, default=[], help="a kind; no sweeps, and no other kinds")
     parser.add_argument("--jobs", type=int, default=57, help="of each kind of --only, and of all workers together")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, default=ROOT / "benchmarks" / "results" / "faults.json")
+    parser.add_argument("--json", type=Path, default=RESULTS / "faults.json")
     parser.add_argument("--markdown", type=Path, default=ROOT / "docs" / "faults.md")
+    parser.add_argument("--page", action="store_true", help="run nothing; write the page from the results that there are")
     asked = parser.parse_args()
+    if asked.page:
+        asked.markdown.write_text(format_document(kept_rows(asked.json)))
+        return 0
     folder = Path(tempfile.mkdtemp(prefix="flexgen-faults-", dir=asked.scratch))
     try:
         if asked.worker is not None:
@@ -231,8 +239,63 @@ def format_document(rows: dict[str, Row]) -> str:
         lines.append(f"| {name} | {' | '.join(f'{value:,}' for value in figures(row))} |")
         for key in set(Row.__slots__) - {"commit"}:
             setattr(total, key, getattr(total, key) + getattr(row, key))
-    lines += [f"| **all** | {' | '.join(f'{value:,}' for value in figures(total))} |", "", *histogram(rows), "", *commits(rows)]
+    lines += [
+        f"| **all** | {' | '.join(f'{value:,}' for value in figures(total))} |",
+        "",
+        *histogram(rows),
+        "",
+        *commits(rows),
+        "",
+        *several_machines(),
+    ]
     return "\n".join(lines) + "\n"
+
+
+def several_machines() -> list[str]:
+    """What became of jobs on several ranks and with several workers."""
+    ranks: dict[str, list[dict[str, Any]]] = {}
+    for line in (RESULTS / "stage_faults.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        ranks.setdefault(f"{row['kind']}, {len(row['codes'])} ranks", []).append(row)
+    workers: dict[str, list[dict[str, Any]]] = {}
+    for line in (RESULTS / "worker_faults.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        workers.setdefault(row["kind"], []).append(row)
+    lines = [
+        "## Several machines",
+        "",
+        "Jobs on pipeline stages ([distributed](distributed.md)), one rank of which is struck at a random time after all have joined:",
+        "every other rank must end with 75 within 30 seconds and name it, and one process then finishes the job. *In the middle* were",
+        "those whose job was not over yet. Where a link is cut, each rank is in a network namespace of its own, and nothing arrives",
+        "any more.",
+        "`python -m faults.stage_trials`, with `src` and `tests` on the path.",
+        "",
+        "| fault | jobs | in the middle | ended (median) | at the latest | lost | duplicated | wrong | outputs that differ | wrong exits |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, rows in sorted(ranks.items()):
+        seconds = sorted(row["seconds"] for row in rows if 75 in row["codes"])
+        ended = [f"{seconds[len(seconds) // 2]:.1f} s", f"{seconds[-1]:.1f} s"]
+        sums = [sum(row[key] for row in rows) for key in ("lost", "duplicated", "wrong")]
+        cells = [len(rows), len(seconds), *ended, *sums, sum(not row["same_bytes"] for row in rows), sum(not row["good"] for row in rows)]
+        lines.append(f"| {name} | {' | '.join(map(str, cells))} |")
+    lines += [
+        "",
+        "Jobs with `--workers` and `flexgen work` ([workers](workers.md)). `python -m faults.workers`.",
+        "",
+        "| fault | jobs | runs | struck | lost | duplicated | wrong | outputs that differ | wrong exits | hangs |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, rows in workers.items():
+        sums = [sum(row[key] for row in rows) for key in ("runs", "struck", "lost", "duplicated", "wrong")]
+        cells = [
+            len(rows),
+            *sums,
+            sum(not row["same_bytes"] for row in rows),
+            *(sum(row[key] for row in rows) for key in ("bugs", "hangs")),
+        ]
+        lines.append(f"| {name} | {' | '.join(map(str, cells))} |")
+    return lines
 
 
 def commits(rows: dict[str, Row]) -> list[str]:

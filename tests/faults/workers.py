@@ -1,6 +1,6 @@
 """Jobs with several workers that are killed, stopped and woken, and the runs that have started them.
 
-    PYTHONPATH=src:tests python -m faults.workers FOLDER [--rounds 200] [--only KIND] [--seed 0]
+    PYTHONPATH=src:tests python -m faults.workers FOLDER [--rounds 200] [--only KIND] [--seed 0] [--results FILE]
 
 A round is a job: some runs that something happens to, each with another number of workers (also none), and a last run in peace, after which
 the output is compared with that of an undisturbed job.  Workers are forked from the run, which has imported everything and computed
@@ -366,6 +366,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=len(ALL_KINDS))
     parser.add_argument("--only", action="append", choices=ALL_KINDS, default=[])
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--results", type=Path, help="to which a JSON line is added for each round")
     asked = parser.parse_args()
     workshop = WorkerWorkshop.open(asked.folder)
     kinds, begun = asked.only or ALL_KINDS, time.monotonic()
@@ -377,8 +378,13 @@ def main() -> int:
         counts["runs"] += len(outcome.trials)
         counts["struck"] += sum(trial.struck for trial in outcome.trials)
         counts[f"struck: {kind}"] += sum(trial.struck for trial in outcome.trials)
-        for name in ("lost", "duplicated", "wrong", "bugs", "hangs"):
-            counts[name] += getattr(outcome, name)
+        faults = {name: getattr(outcome, name) for name in ("lost", "duplicated", "wrong", "bugs", "hangs")}
+        counts.update(faults)
+        if asked.results is not None:
+            struck = sum(trial.struck for trial in outcome.trials)
+            row = {"kind": kind, "runs": len(outcome.trials), "struck": struck, "same_bytes": outcome.same_bytes, **faults}
+            with asked.results.open("a") as file:
+                file.write(json.dumps(row) + "\n")
         if not outcome.good:
             counts["not good"] += 1
             print(json.dumps({"kind": kind, "round": number, **asdict(outcome)}), flush=True)

@@ -28,7 +28,7 @@ READ_SIZES = (4 * MIB, 8 * MIB, 16 * MIB)
 FILE_BYTES = (128 * MIB, 256 * MIB)  # quick, or not
 READ_SECONDS = (0.15, 0.3)  # of one setting; quick, or not
 # Volumes with a limit let some time's worth through at once; a run of hours reads at the rate that comes after it.
-SUSTAINED_SECONDS, SUSTAINED_SHARE = (0.6, 1.2), 0.9
+SUSTAINED_BYTES, LEAST_SUSTAINED_SECONDS, MOST_SUSTAINED_SECONDS, SUSTAINED_SHARE = 1024 * MIB, 0.6, (3.0, 6.0), 0.95
 LARGE_FILE_BYTES = 256 * MIB
 # Small requests: as large as a page of KV, so many at once, so often.
 SMALL_BYTES, REQUESTS, REQUEST_ROUNDS = 32 * KIB, 500, 3
@@ -120,8 +120,9 @@ def _read_rates(path: Path, quick: bool, max_bytes: int) -> tuple[Rate, float]:
         rounds = {setting: Rate.of([rate for rate, _ in each]) for setting, each in tried.items()}
         repeated = [setting for setting, each in tried.items() if len(each) > 1] or settings
         chosen = max(repeated, key=lambda setting: rounds[setting].typical)
-        sustained = sustained_rate(file, size, *chosen, seconds=SUSTAINED_SECONDS[not quick])
-    best, typical = max(each.best for each in rounds.values()), rounds[chosen].typical
+        best, typical = max(each.best for each in rounds.values()), rounds[chosen].typical
+        long = min(max(SUSTAINED_BYTES / typical, LEAST_SUSTAINED_SECONDS), MOST_SUSTAINED_SECONDS[not quick])
+        sustained = sustained_rate(file, size, *chosen, seconds=long)
     if sustained < SUSTAINED_SHARE * typical:
         best = typical = sustained
     rate = Rate(best=best, typical=typical, spread=rounds[chosen].spread)
