@@ -83,6 +83,20 @@ def test_numbers_of_a_tokens_experts(model_type: str, numbers: int) -> None:
     assert describe_config(config, torch.float32, stored=torch.float32, name="x").expert_numbers_per_token == numbers
 
 
+@pytest.mark.parametrize(
+    ("model_type", "passes"),
+    # How often a number between the products is read or written: silu and a product; and with two clamps, a factor and one more.
+    [("mixtral", 2 + 3), ("gpt_oss", 2 + 2 + 2 + 2 + 3 + 2 + 3)],
+)
+def test_bytes_of_a_tokens_experts(model_type: str, passes: int) -> None:
+    """Each of two experts also has its output read, and a sum in float32 read and written."""
+    config = tiny_config(model_type, num_experts_per_tok=2)
+    spec = describe_config(config, torch.float32, stored=torch.float32, name="x")
+    width, hidden, layers = config.intermediate_size, config.hidden_size, config.num_hidden_layers
+    assert spec.expert_bytes_per_token == layers * 2 * 4 * (passes * width + 3 * hidden)
+    assert describe_config(tiny_config("llama"), torch.float32, stored=torch.float32, name="x").expert_bytes_per_token == 0
+
+
 @pytest.mark.matrix(20, always=["llama", "qwen3_moe", "gpt_oss", "deepseek_v3", "opt", "llama-tied"])
 @pytest.mark.parametrize("name", [*SUPPORTED, *VARIANTS])
 def test_bytes_are_those_of_the_checkpoint(name: str, tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ def test_a_sparse_model_comes_back() -> None:
 
 
 def test_a_model_with_experts_comes_back() -> None:
-    spec = dataclasses.replace(spec_with([]), expert_numbers_per_token=115_200)
+    spec = dataclasses.replace(spec_with([]), expert_numbers_per_token=115_200, expert_bytes_per_token=7)
     assert ModelSpec.from_json(spec.to_json()) == spec
     assert "expert" not in spec_with([]).to_json()
 

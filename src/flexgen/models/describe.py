@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,8 +13,9 @@ from flexgen.checkpoint.repository import RepositoryTensors, headers_of, sharded
 from flexgen.errors import UnsupportedModelError
 from flexgen.formats.plain import dtype_name
 from flexgen.kv.format import KVFormat, default_kv_format
-from flexgen.models.expert_sums import pair_numbers
-from flexgen.models.operations import untraced_operations
+from flexgen.models.expert_sums import SUM_BYTES, ExpertLayer, pair_numbers
+from flexgen.models.experts import expert_layer, scored_expert_layer
+from flexgen.models.operations import MemoryCounter, untraced_operations
 from flexgen.models.parts import Part
 from flexgen.models.refusals import check_supported_architecture
 from flexgen.models.units import ModelUnits, cut_model
@@ -148,6 +149,7 @@ def model_spec(
         max_position_embeddings=context,
         operations=units.trace.num_operations + untraced_operations(units.parts),
         expert_numbers_per_token=_expert_numbers(units),
+        expert_bytes_per_token=_expert_bytes(units, dtype),
     )
 
 
@@ -194,14 +196,31 @@ def _decoded_from(units: ModelUnits) -> dict[str, int]:
 
 def _expert_numbers(units: ModelUnits) -> int:
     """Return how many numbers grouped products hold at a time for a token and all experts that it chooses, in any layer at most."""
-    found = [0]
+    found = (
+        chosen * pair_numbers(outputs, hidden, normed=layer.norm is not None) for chosen, layer, outputs, hidden in _expert_layers(units)
+    )
+    return max(found, default=0)
+
+
+def _expert_bytes(units: ModelUnits, dtype: torch.dtype) -> int:
+    """Return the bytes that elementwise operations of a token's experts read and write in all layers: gates, norms and sums."""
+    found = 0
+    for chosen, layer, outputs, hidden in _expert_layers(units):
+        with torch.no_grad(), MemoryCounter() as counter:
+            layer.gate(torch.empty(1, outputs, dtype=dtype, device="meta"))
+            layer.normed(torch.empty(1, hidden, dtype=dtype, device="meta"))
+        found += chosen * (counter.num_bytes + hidden * (dtype.itemsize + SUM_BYTES))
+    return found
+
+
+def _expert_layers(units: ModelUnits) -> Iterator[tuple[int, ExpertLayer, int, int]]:
+    """Yield, for each layer of experts, how many a token chooses, how they compute, and the outputs of their two products."""
     for name, (chosen, _) in units.trace.experts_per_token.items():
         experts: Any = units.model.get_submodule(name)
-        scored = is_scored_experts(experts)
-        weight = experts._parameters["gate_up_proj" if scored or experts.has_gate else "up_proj"]
-        hidden, outputs = weight.shape[1:] if scored or experts.is_transposed else weight.mT.shape[1:]
-        found.append(chosen * pair_numbers(outputs, hidden, normed=not scored and experts.has_post_expert_norm))
-    return max(found)
+        layer = scored_expert_layer(experts) if is_scored_experts(experts) else expert_layer(experts)
+        first, second = (experts._parameters[each].shape[1:] for each in (layer.first, "down_proj"))
+        place = 1 if layer.is_transposed else 0
+        yield chosen, layer, first[place], second[place]
 
 
 def _widest(units: Sequence[Sequence[Part]]) -> int:

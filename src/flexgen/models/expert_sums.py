@@ -20,6 +20,7 @@ from flexgen.weights.encoded import EncodedNumbers
 
 # What is computed in vain for so many rows takes as long as the host's wait, or less; next tokens are seldom more.
 UNCOUNTED_ROWS = 1024
+SUM_BYTES = 8  # of a number of a sum: a float32 that is read and written when an output is added
 
 Tensors = Mapping[str, Tensor | EncodedNumbers]
 

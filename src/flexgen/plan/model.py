@@ -16,7 +16,7 @@ from flexgen.plan.policy import PAGE_TOKENS
 from flexgen.plan.unit_names import split_name
 
 _ENCODED, _IN_INT8, _DECODED_FROM = "encoded_bytes", "int8_flops_per_token", "decoded_from"
-_OPERATIONS, _EXPERTS = "operations", "expert_numbers_per_token"
+_OPERATIONS, _EXPERTS = "operations", ("expert_numbers_per_token", "expert_bytes_per_token")
 # What is left out of the JSON of a model whose KV is in the dtype of computing.
 _KV_FORMAT, _LOW_BIT = "kv_format", ("exact_bytes_per_token", "slot_bytes_per_token")
 # What is left out of the JSON of a model whose generated tokens attend to all that they see.
@@ -115,6 +115,8 @@ class ModelSpec:
         operations: The operations that the host launches on a device for a micro-batch; 0 where that is not known.
         expert_numbers_per_token: The numbers that the experts of a token, which are computed together on a device, hold at a time in the
             layer where they are most.
+        expert_bytes_per_token: The bytes that elementwise operations of a token's experts read and write in all layers together: gates, and
+            the sums of their outputs.
     """
 
     name: str
@@ -135,6 +137,7 @@ class ModelSpec:
     sparse_attention: float | None = None
     operations: int = 0
     expert_numbers_per_token: int = 0
+    expert_bytes_per_token: int = 0
 
     @cached_property
     def streamed_bytes(self) -> int:
@@ -203,7 +206,7 @@ class ModelSpec:
         """Return the model as JSON; units that differ only in the layer's number are written once, and runs of equal layers as a count."""
         fields = dataclasses.asdict(dataclasses.replace(self, units=())) | dataclasses.asdict(_packed(self.units))
         del fields["units"]
-        for name in (_DECODED_FROM, _OPERATIONS, _EXPERTS):
+        for name in (_DECODED_FROM, _OPERATIONS, *_EXPERTS):
             if not fields[name]:
                 del fields[name]
         for kind in fields["unit_kinds"]:
@@ -242,7 +245,7 @@ class ModelSpec:
             for kind in packed.get("unit_kinds", ()):
                 kind.setdefault(_ENCODED, None)
                 kind.setdefault(_IN_INT8, 0.0)
-            fields = {_KV_FORMAT: None, _SPARSE: None, _DECODED_FROM: {}, _OPERATIONS: 0, _EXPERTS: 0} | fields
+            fields = {_KV_FORMAT: None, _SPARSE: None, _DECODED_FROM: {}, _OPERATIONS: 0, **dict.fromkeys(_EXPERTS, 0)} | fields
             for group in fields.get("kv_groups", ()):
                 group.setdefault(_LAYERS, [])
                 for name, default in (_OF_SPARSE | dict.fromkeys(_LOW_BIT, 0)).items():

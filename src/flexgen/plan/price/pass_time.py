@@ -68,7 +68,8 @@ class Expectation:
         self._num_layers = sum(group.num_layers for group in spec.kv_groups)
         self._issuing_seconds = _issuing_seconds(spec, machine, self._num_layers)
         elementwise = machine.elementwise.get(dtype, machine.host_memory).typical
-        self._token_seconds = self._num_layers * elementwise_bytes(spec.hidden_size, spec.intermediate_size, dtype) / elementwise
+        of_layer = elementwise_bytes(spec.hidden_size, spec.intermediate_size, dtype)
+        self._token_seconds = (self._num_layers * of_layer + spec.expert_bytes_per_token) / elementwise
         self._score_seconds = PASSES_PER_LOGIT * LOGIT_BYTES * spec.vocab_size / elementwise * spec.has_head
         self._attention = machine.attention[dtype].typical if dtype in machine.attention else self._dense[-1][1].typical
         self._decoding, self._device_decoding = decoding_rate(spec, machine, dtype), device_decoding_rate(spec, machine, dtype)

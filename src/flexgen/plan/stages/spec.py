@@ -39,6 +39,7 @@ def stage_spec(spec: ModelSpec, layers: range, num_layers: int) -> ModelSpec:
         embedding_row_bytes=spec.embedding_row_bytes * is_first,
         decoded_from={name: round(size * decoded) for name, size in spec.decoded_from.items()},
         operations=_part(spec.operations, layers, num_layers),
+        expert_bytes_per_token=_part(spec.expert_bytes_per_token, layers, num_layers),
         expert_numbers_per_token=spec.expert_numbers_per_token,  # of the layer where they are most, which any stage may have
     )
 
