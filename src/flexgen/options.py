@@ -224,6 +224,8 @@ def _device(name: str, value: object) -> str:
     parts = value.replace(" ", "").split(",") if isinstance(value, str) else []
     if len(parts) > 1 and len(set(parts)) == len(parts) and all(_GPU.fullmatch(part) for part in parts):
         return ",".join(parts)
+    if len(parts) > 1:
+        raise OptionError(f"{name}={in_python(value)}: several devices are different GPUs, one for each stage, such as cuda:0,cuda:1")
     return one_of(name, value, known=DEVICES)
 
 

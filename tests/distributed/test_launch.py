@@ -10,8 +10,11 @@ import psutil
 import pytest
 from crew import HANGS_SECONDS, Crew
 
+from flexgen.cli.options import follow_if_told
 from flexgen.distributed.launch import start_followers
 from flexgen.errors import OptionError
+from flexgen.options import EngineOptions
+from flexgen.session.follower import _refer_to_leader
 
 # The leader's program; FOLLOWER is the program of followers.
 LEADER = """
@@ -145,3 +148,32 @@ def test_devices_that_are_not_there(devices: tuple[str, ...], visible: str, said
 def test_a_program_that_cannot_be_started_leaves_nothing_behind(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         start_followers(2, program=[str(tmp_path / "nothing")])
+
+
+def test_a_follower_that_is_stopped_is_not_waited_for_long_after_a_failure(crew: Crew) -> None:
+    """It neither ends by itself nor by SIGTERM."""
+    program = """
+import signal, time
+with launch.start_followers(2, program=program) as followers:
+    followers.processes[0].send_signal(signal.SIGSTOP)
+    followers.hurry()
+    start = time.monotonic()
+say(followers.processes[0].returncode, time.monotonic() - start < 9)
+"""
+    crew.start(1, leader("time.sleep(600)", program))
+    assert (crew.wait(0), crew.printed(0).split()) == (0, ["-9", "True"])
+
+
+@pytest.mark.parametrize(("stages", "started"), [(None, "2"), (3, "2"), (2, "1")])
+def test_torchrun_starts_as_many_processes_as_there_are_stages(stages: int | None, started: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "0", "WORLD_SIZE": started, "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": started}.items():
+        monkeypatch.setenv(name, value)
+    for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(OptionError, match=f"torchrun has started {started} process(es)?: give --stages {started}"):
+        follow_if_told("a model", EngineOptions(stages=stages))
+
+
+def test_a_signal_to_a_follower_names_who_ends_the_run(caplog: pytest.LogCaptureFixture) -> None:
+    _refer_to_leader(signal.SIGTERM, None)
+    assert "SIGTERM: a stage ends with the first one" in caplog.text

@@ -84,6 +84,12 @@ def test_a_progress_line_has_everything() -> None:
     assert "3/? requests" in format_progress(unknown)
 
 
+def test_workers_have_no_passes_to_tell() -> None:
+    line = format_progress(dataclasses.replace(PROGRESS, num_units=0, num_live_sequences=3))
+    assert ", 3 live, ETA" in line
+    assert "pass" not in line
+
+
 def test_a_job_that_only_scores_has_no_pace_of_outputs() -> None:
     scoring = dataclasses.replace(PROGRESS, output_tokens=0, output_tokens_per_s=0.0, scored_tokens=70, scored_tokens_per_s=1234.5)
     assert "prompt 100.0 tokens/s, scored 1,234.5 tokens/s, " in format_progress(scoring)

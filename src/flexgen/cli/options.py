@@ -16,7 +16,7 @@ import typer
 from typer.models import OptionInfo
 
 from flexgen.base.files import check_folder, check_target, write_file
-from flexgen.base.quantities import parse_seconds
+from flexgen.base.quantities import counted, parse_seconds
 from flexgen.base.recorder import check_trace
 from flexgen.cli.exit_codes import ExitCode, complain, complain_of_bug, complain_of_disk
 from flexgen.cli.numbers import in_words
@@ -241,12 +241,13 @@ def follow_if_told(model: str, options: EngineOptions) -> None:
     """Serve as a stage of a pipeline, and exit, if torchrun started this process as one that is not the first.
 
     Raises:
-        OptionError: torchrun started several processes, and the options name no stages.
+        OptionError: torchrun started another number of processes than the options name stages.
     """
     if not is_placed(os.environ):
         return
-    if options.stages is None and os.environ["WORLD_SIZE"] != "1":
-        raise OptionError(f"torchrun has started {os.environ['WORLD_SIZE']} processes: give --stages {os.environ['WORLD_SIZE']}")
+    if str(options.stages or 1) != (started := os.environ["WORLD_SIZE"]):
+        given = "" if options.stages is None else f", not {options.stages}"
+        raise OptionError(f"torchrun has started {counted(int(started), 'process', 'processes')}: give --stages {started}{given}")
     if os.environ["RANK"] != "0":
         from flexgen.session.follower import follow_leader
 

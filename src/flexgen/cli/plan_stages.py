@@ -103,7 +103,7 @@ def told(
     from flexgen.plan.stages.pipeline import LinkRate
     from flexgen.report.stages import format_stages
 
-    rate, latency = parse_link(pipeline.link or DEFAULT_LINK, name="--link")
+    rate, latency = parse_link(DEFAULT_LINK if pipeline.link is None else pipeline.link, name="--link")
     names = pipeline.names(machine, options.stages)
     known = {name: _limits_and_machine(options, name) for name in dict.fromkeys(names)}
     limits = {name: each for name, (each, _) in known.items()}

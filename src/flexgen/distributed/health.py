@@ -254,7 +254,7 @@ class Health:
             self._failed_at = time.monotonic()
             self._failure = failure
             callbacks = tuple(self._callbacks)
-        logger.info("the run ends: %s", self.describe(failure))
+        logger.debug("the run ends: %s", self.describe(failure))
         for callback in callbacks:
             try:
                 callback()

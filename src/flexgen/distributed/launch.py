@@ -24,6 +24,7 @@ PARENT = "FLEXGEN_PARENT"  # the leader's process, whose end is the follower's
 PROGRAM = (sys.executable, "-m", "flexgen.distributed")
 _PR_SET_PDEATHSIG = 1
 _PATIENCE_SECONDS = 10.0  # for followers to end by themselves
+_PATIENCE_AFTER_ERRORS = 2.0
 _TERM_SECONDS = 3.0
 
 
@@ -41,6 +42,7 @@ class Followers:
         self.environment = environment
         self.processes: list[subprocess.Popen[bytes]] = []
         self._printers: list[threading.Thread] = []
+        self._patience_seconds = _PATIENCE_SECONDS
         self._cores: OwnCores | None = None
 
     def check(self) -> None:
@@ -54,9 +56,13 @@ class Followers:
                 how = f"exit code {code}" if code >= 0 else signal.Signals(-code).name
                 raise StageError(f"rank {rank} on this machine has ended ({how})")
 
-    def close(self, patience_seconds: float = _PATIENCE_SECONDS) -> None:
+    def hurry(self) -> None:
+        """Wait less for followers to end, because the run has failed: those that still work know it."""
+        self._patience_seconds = _PATIENCE_AFTER_ERRORS
+
+    def close(self, patience_seconds: float | None = None) -> None:
         """Wait until the followers have ended, and end those that do not."""
-        until = time.monotonic() + patience_seconds
+        until = time.monotonic() + (self._patience_seconds if patience_seconds is None else patience_seconds)
         for end, seconds in ((None, 0.0), (signal.SIGTERM, _TERM_SECONDS), (signal.SIGKILL, _TERM_SECONDS)):
             until = max(until, time.monotonic() + seconds)
             for process in self.processes:
@@ -77,7 +83,9 @@ class Followers:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        self.close(_PATIENCE_SECONDS if error is None else _PATIENCE_SECONDS / 2)
+        if error is not None:
+            self.hurry()
+        self.close()
 
     def start(self, rank: int, program: Sequence[str], environment: Mapping[str, str]) -> None:
         """Start the process of a rank."""

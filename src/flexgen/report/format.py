@@ -20,9 +20,14 @@ def format_progress(progress: Progress) -> str:
     return (
         f"{format_seconds(progress.elapsed_seconds)}: {progress.num_requests_done:,}/{total} requests, "
         f"{', '.join(token_rates(progress))}, "
-        f"{progress.num_live_sequences:,} live, pass {progress.pass_index}, unit {progress.unit}/{progress.num_units}, "
-        f"ETA {format_seconds(progress.eta_seconds)}" + (f"; {links}" if links else "")
+        f"{place_of(progress, ', ')}, ETA {format_seconds(progress.eta_seconds)}" + (f"; {links}" if links else "")
     )
+
+
+def place_of(progress: Progress, between: str) -> str:
+    """Return how many sequences are alive, and where the pass in progress is; only the former where others make the passes."""
+    live = f"{progress.num_live_sequences:,} live"
+    return live + (f"{between}pass {progress.pass_index}, unit {progress.unit}/{progress.num_units}" if progress.num_units else "")
 
 
 def token_rates(progress: Progress) -> list[str]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from flexgen.base.quantities import format_seconds
 from flexgen.errors import OptionError
-from flexgen.report.format import format_details, format_progress, format_report, token_rates
+from flexgen.report.format import format_details, format_progress, format_report, place_of, token_rates
 from flexgen.report.plans import format_plan
 from flexgen.report.progress import Progress, RunReport
 
@@ -264,10 +264,7 @@ def _picture(progress: Progress) -> Any:
         ProgressBar(total=progress.num_requests, completed=progress.num_requests_done, width=40),
         Text(f"{format_seconds(progress.elapsed_seconds)}, ETA {format_seconds(progress.eta_seconds)}"),
     )
-    rates = Text(
-        f"{'   '.join(token_rates(progress))}   {progress.num_live_sequences:,} live   "
-        f"pass {progress.pass_index}, unit {progress.unit}/{progress.num_units}"
-    )
+    rates = Text(f"{'   '.join(token_rates(progress))}   {place_of(progress, '   ')}")
     links = Table.grid(padding=(0, 1))
     cells: list[Any] = []
     for name, share in progress.link_shares.items():

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from flexgen.plan.stages.divide import StagePlan, StagesPlan
     from flexgen.plan.stages.more import OneMore
 
+LEAST_SPEEDUP = 1.005  # of one machine more that is worth a word
 _HEADER = ["stage", "machine", "layers", "a pass", "busy", "bound by", "weights", "KV"]
 
 
@@ -35,7 +36,8 @@ def format_stages(plan: StagesPlan, more: OneMore | None) -> str:
         *(f"           {line}" for line in _bounds(plan)),
     ]
     if more is not None:
-        lines.append(f"           one machine more, like {more.like}: about {more.speedup:.2f} times as fast")
+        worth = f"about {more.speedup:.2f} times as fast" if more.speedup > LEAST_SPEEDUP else "would gain nothing"
+        lines.append(f"           one machine more, like {more.like}: {worth}")
     return "\n".join([*lines, "  on all stages together:", *format_memory(plan.forecast)])
 
 

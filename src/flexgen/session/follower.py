@@ -195,6 +195,11 @@ class Stage:
         """Ignore hidden states of a pass that was given up."""
 
 
+def _refer_to_leader(number: int, frame: object) -> None:
+    """Say who ends the run: torchrun sends its signals to all stages, and the first one then lets the pass end."""
+    logger.warning("%s: a stage ends with the first one, stage 0: stop that", signal.Signals(number).name)
+
+
 def follow(ranks: Ranks, model: str, options: EngineOptions) -> int:
     """Serve as a stage until the leader ends, and return the exit code.
 
@@ -203,8 +208,8 @@ def follow(ranks: Ranks, model: str, options: EngineOptions) -> int:
         model: The folder, GGUF file or hub id of the model.
         options: The options; budgets and placements are those of this host.
     """
-    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # the leader ends, and says so
-        signal.signal(each, signal.SIG_IGN)
+    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(each, _refer_to_leader)
     with contextlib.closing(ranks):
         try:
             if options.trace is not None:

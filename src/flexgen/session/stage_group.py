@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from flexgen.base.quantities import MIB
+from flexgen.base.quantities import MIB, counted
 from flexgen.base.steps import step
 from flexgen.distributed.agreement import check_agreement
 from flexgen.distributed.channel import Receiver, Sender
@@ -50,19 +50,20 @@ def join_stages(found: ResolvedModel, num_stages: int) -> StageGroup:
         if is_placed(os.environ):
             if (cores := own_cores(place_of(os.environ))) is not None:
                 opened.callback(cores.close)
-            step(f"waiting for the other {num_stages - 1} stages")
+            step(f"waiting for {counted(num_stages - 1, 'other stage')}")
             ranks = Ranks.join(os.environ, options.interface, patience=PATIENCE_SECONDS)
             opened.push(ranks)
             if ranks.size != num_stages:
                 raise OptionError(f"stages={num_stages}, and torchrun has started {ranks.size} processes: both must be the same")
         else:
-            step(f"starting {num_stages - 1} more stages on this machine")
+            step(f"starting {counted(num_stages - 1, 'more stage')} on this machine")
             interface = options.interface or LOOPBACK
             followers = start_followers(
                 num_stages, interface, options.devices.split(",") if options.devices else (), program=(sys.executable, "-m", FOLLOWER)
             )
             opened.callback(followers.close)
             ranks = Ranks.join(followers.environment, interface, watchdog=False, while_waiting=followers.check)
+            ranks.health.on_failure(followers.hurry)
             opened.push(ranks)
             ranks.publish(JOB, {"model": str(found.files.name), "options": dataclasses.asdict(options)})
         check_agreement(ranks, stage_facts(found, num_stages), timeout=PATIENCE_SECONDS)
