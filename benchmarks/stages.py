@@ -26,7 +26,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
-from faults.networks import INTERFACE, network  # noqa: E402
+from faults.networks import INTERFACE, Host, network  # noqa: E402
 
 from flexgen.base.quantities import parse_size  # noqa: E402
 
@@ -92,7 +92,7 @@ def run_case(num_stages: int, args: argparse.Namespace, folder: Path) -> dict[st
     rate, latency = args.link.split(",")
     ranks: list[subprocess.Popen[bytes]] = []
     with contextlib.ExitStack() as opened:
-        hosts = opened.enter_context(network(num_stages, rate.lower())).hosts if num_stages > 1 else ()
+        hosts: tuple[Host, ...] = opened.enter_context(network(num_stages, rate.lower())).hosts if num_stages > 1 else ()
         for rank in range(num_stages):
             group = opened.enter_context(reading_at(args.disk, rank, folder))
             env = {**os.environ, "XDG_CACHE_HOME": str(args.scratch / "cache")}  # what was measured without the limits does not count

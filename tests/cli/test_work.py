@@ -124,14 +124,14 @@ def test_a_run_that_is_interrupted_goes_on_without_workers(tiny: Path, requests:
 def test_workers_that_are_started_by_hand(tiny: Path, requests: Path, whole: bytes, tmp_path: Path) -> None:
     """With the state of the job elsewhere, as where the output lies on a network file system."""
     output = tmp_path / "out.jsonl"
-    run = begin("run", tiny, requests, "-o", output, *FLAGS, "--workers", 0, "--state", tmp_path / "state")
+    run = begin("run", tiny, requests, "-o", output, *FLAGS[:-1], "plain", "--workers", 0, "--state", tmp_path / "state")
     until((tmp_path / "out.jsonl.flexgen" / "workers" / "current").exists)
     refused = begin("work", output, "--model", requests)
     assert refused.wait(timeout=HANGS_SECONDS) == 3, refused.communicate()[0]
     workers = [begin("work", output, "--max-num-seqs", 2), begin("work", output)]
     for each in workers:
         assert "no line is left" in end(each)
-    end(run)
+    assert f"waiting for workers; `flexgen work {output}` adds one" in end(run)
     assert output.read_bytes() == whole
     assert "there is no job of" in flexgen("work", output).stderr
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from flexgen.base.quantities import counted
 from flexgen.cli.defaults import describe, warnings_about
 from flexgen.cli.exit_codes import ExitCode, complain
 from flexgen.cli.options import check_apart, follow_if_told, load
@@ -197,6 +198,8 @@ class JobCommand:
                 if crew is None:
                     return Answering(**parts).run(workload)
                 task = self._shared_task(llm, store, job.source, defaults, settings)
+                here = f"starting {counted(len(places), 'worker')}" if places else "waiting for workers"
+                self.display.message(f"{here}; `flexgen work {folder.paths.output}` adds one, on any host that sees the folder")
                 return SharedAnswering(**parts, task=task, places=places).run(workload)
 
     def _shared_task(self, llm: LLM, store: Store, source: Path, defaults: SamplingParams, settings: Mapping[str, Any]) -> SharedTask:
