@@ -64,7 +64,7 @@ def test_a_plan_of_stages_as_json(tmp_path: Path) -> None:
         (("--machines", "t4-gcp*2", "--stages", 3), "--stages 3: --machines names 2"),
         (("--machines", "t4-gcp*x"), "is not a machine; write names or files between commas"),
         (("--machines", "t4-gcp,"), "is not a machine"),
-        (("--machines", "t4-gcpp,t4-gcp"), "did you mean t4-gcp?"),
+        (("--machines", "t4-gcpp,t4-gcp"), "--machines 't4-gcpp' is neither a file nor a known machine; did you mean t4-gcp?"),
         (("--machine", "t4-gcp", "--stages", 2, "--link", "fast"), "--link 'fast' is not a link"),
         (("--machine", "t4-gcp", "--stages", 2, "--pareto"), "--pareto compares plans of one machine"),
         (("--machine", "t4-gcp", "--stages", 2, "--allow-formats", "int4"), "chooses for one machine"),

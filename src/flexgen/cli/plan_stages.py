@@ -105,7 +105,8 @@ def told(
 
     rate, latency = parse_link(DEFAULT_LINK if pipeline.link is None else pipeline.link, name="--link")
     names = pipeline.names(machine, options.stages)
-    known = {name: _limits_and_machine(options, name) for name in dict.fromkeys(names)}
+    option = "machine" if pipeline.machines is None else "machines"
+    known = {name: _limits_and_machine(options, name, option) for name in dict.fromkeys(names)}
     limits = {name: each for name, (each, _) in known.items()}
     device = next((each.device for each in limits.values() if has_device_tier(each.device)), "cpu")
     step(f"reading config and headers of {model}")
@@ -162,7 +163,7 @@ def _as_json(plan: StagesPlan, job: StagedJob, more: OneMore | None) -> str:
     return json.dumps(values, indent=2)
 
 
-def _limits_and_machine(options: EngineOptions, name: str | None) -> tuple[Limits, Machine | None]:
+def _limits_and_machine(options: EngineOptions, name: str | None, option: str) -> tuple[Limits, Machine | None]:
     """Return the budgets on a machine, and the machine if it is not this one."""
     if name is None:
         from flexgen.profile.limits import find_limits
@@ -170,7 +171,7 @@ def _limits_and_machine(options: EngineOptions, name: str | None) -> tuple[Limit
         return find_limits(options), None
     from flexgen.plan.known.machines import find_machine, limits_of
 
-    machine = find_machine(name)
+    machine = find_machine(name, option)
     return limits_of(machine, options), machine
 
 

@@ -46,8 +46,12 @@ MACHINES = (
 PROCESS_BYTES = {"cpu": 480 * MIB, "sim": 480 * MIB, "cuda": 1500 * MIB}
 
 
-def find_machine(name: str) -> Machine:
+def find_machine(name: str, option: str = "machine") -> Machine:
     """Return the shipped machine of that name, or the one in a JSON file: measured, or described by a few figures (see box.py).
+
+    Args:
+        name: The name or file.
+        option: The option that names it, for messages.
 
     Raises:
         OptionError: The name is neither a file nor a shipped machine, or the file does not describe a machine.
@@ -59,10 +63,10 @@ def find_machine(name: str) -> Machine:
         try:
             return _machine_of(path.read_text(), path.stem)
         except (OSError, UnicodeDecodeError, OptionError) as error:
-            raise OptionError(f"machine={name!r}: {error}") from error
+            raise OptionError(f"{option}={name!r}: {error}") from error
     close = difflib.get_close_matches(name, MACHINES, n=1)
     hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(MACHINES)}"
-    raise OptionError(f"machine={name!r} is neither a file nor a known machine; {hint}")
+    raise OptionError(f"{option}={name!r} is neither a file nor a known machine; {hint}")
 
 
 def machine_names(text: str) -> list[str]:
