@@ -92,7 +92,7 @@ def run_case(num_stages: int, args: argparse.Namespace, folder: Path) -> dict[st
     rate, latency = args.link.split(",")
     ranks: list[subprocess.Popen[bytes]] = []
     with contextlib.ExitStack() as opened:
-        hosts: tuple[Host, ...] = opened.enter_context(network(num_stages, rate.lower())).hosts if num_stages > 1 else ()
+        hosts: list[Host] = [*opened.enter_context(network(num_stages, rate.lower())).hosts] if num_stages > 1 else []
         for rank in range(num_stages):
             group = opened.enter_context(reading_at(args.disk, rank, folder))
             env = {**os.environ, "XDG_CACHE_HOME": str(args.scratch / "cache")}  # what was measured without the limits does not count
