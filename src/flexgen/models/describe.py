@@ -15,7 +15,7 @@ from flexgen.formats.plain import dtype_name
 from flexgen.kv.format import KVFormat, default_kv_format
 from flexgen.models.expert_sums import SUM_BYTES, ExpertLayer, pair_numbers
 from flexgen.models.experts import expert_layer, scored_expert_layer
-from flexgen.models.operations import MemoryCounter, untraced_operations
+from flexgen.models.operations import OperationCounter, untraced_operations
 from flexgen.models.parts import Part
 from flexgen.models.refusals import check_supported_architecture
 from flexgen.models.units import ModelUnits, cut_model
@@ -206,7 +206,7 @@ def _expert_bytes(units: ModelUnits, dtype: torch.dtype) -> int:
     """Return the bytes that elementwise operations of a token's experts read and write in all layers: gates, norms and sums."""
     found = 0
     for chosen, layer, outputs, hidden in _expert_layers(units):
-        with torch.no_grad(), MemoryCounter() as counter:
+        with torch.no_grad(), OperationCounter() as counter:
             layer.gate(torch.empty(1, outputs, dtype=dtype, device="meta"))
             layer.normed(torch.empty(1, hidden, dtype=dtype, device="meta"))
         found += chosen * (counter.num_bytes + hidden * (dtype.itemsize + SUM_BYTES))

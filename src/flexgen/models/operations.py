@@ -25,32 +25,17 @@ class OperationCounter(TorchDispatchMode):
 
     Attributes:
         num_operations: Their number so far.
+        num_bytes: The bytes that they have read and written so far.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.num_operations = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
-        if not func.is_view and func.overloadpacket.__name__ not in _MEMORY_ONLY:
-            self.num_operations += 1
-        return func(*args, **(kwargs or {}))
-
-
-class MemoryCounter(TorchDispatchMode):
-    """Counts the bytes that operations read and write.
-
-    Attributes:
-        num_bytes: Their number so far.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.num_bytes = 0
+        self.num_operations = self.num_bytes = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if not func.is_view and func.overloadpacket.__name__ not in _MEMORY_ONLY:
+            self.num_operations += 1
             touched = [*args, *(() if func._schema.is_mutable else (out,))]
             self.num_bytes += sum(each.nbytes for each in touched if isinstance(each, Tensor))
         return out

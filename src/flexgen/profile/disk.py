@@ -205,9 +205,8 @@ def read_rate(file: File, size: int, threads: int, block: int, *, seconds: float
     Returns:
         Bytes per second, and processor seconds per byte.
     """
-    completed, began, core_seconds = _read_for(file, size, threads, block, seconds, ring_bytes)
-    total = max(sum(map(len, completed)) * min(block, size), 1)
-    return total / (max(times[-1] for times in completed if times) - began), core_seconds / total
+    done = _read_for(file, size, threads, block, seconds, ring_bytes)
+    return done.rate, done.core_seconds / done.num_bytes
 
 
 def sustained_rate(file: File, size: int, threads: int, block: int, *, seconds: float) -> float:
@@ -216,16 +215,42 @@ def sustained_rate(file: File, size: int, threads: int, block: int, *, seconds: 
     Args:
         file, size, threads, block, seconds: As for `read_rate`.
     """
-    completed, began, _ = _read_for(file, size, threads, block, seconds, 0)
+    done = _read_for(file, size, threads, block, seconds, 0)
     # Between one end of a request and another, a reader has read whole blocks.
-    late = [[each for each in times if each - began >= seconds / 2] for times in completed]
+    late = [[each for each in times if each - done.began >= seconds / 2] for times in done.completed]
     if all(len(times) > 1 for times in late):
-        return sum((len(times) - 1) * min(block, size) / (times[-1] - times[0]) for times in late)
-    return sum(map(len, completed)) * min(block, size) / (max(times[-1] for times in completed if times) - began)
+        return sum((len(times) - 1) * done.block / (times[-1] - times[0]) for times in late)
+    return done.rate
 
 
-def _read_for(file: File, size: int, threads: int, block: int, seconds: float, ring_bytes: int) -> tuple[list[list[float]], float, float]:
-    """Return when each reader's requests were complete, the time when all began, and the processor seconds."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Reads:
+    """What some readers have read.
+
+    Attributes:
+        block: Bytes of a request.
+        began: The time when all readers began.
+        completed: For each reader, the times when its requests were complete.
+        core_seconds: Processor seconds of all.
+    """
+
+    block: int
+    began: float
+    completed: list[list[float]]
+    core_seconds: float
+
+    @property
+    def num_bytes(self) -> int:
+        return max(sum(map(len, self.completed)) * self.block, 1)
+
+    @property
+    def rate(self) -> float:
+        """Bytes per second from the begin to the end of the last request."""
+        return self.num_bytes / (max(times[-1] for times in self.completed if times) - self.began)
+
+
+def _read_for(file: File, size: int, threads: int, block: int, seconds: float, ring_bytes: int) -> _Reads:
+    """Let readers read for so many seconds; arguments are those of `read_rate`."""
     file.forget_cached()
     blocks = max(size // block, 1)
     block = min(block, size)
@@ -257,4 +282,4 @@ def _read_for(file: File, size: int, threads: int, block: int, seconds: float, r
         reader.join()
     if errors:
         raise errors[0]
-    return completed, began, time.process_time() - worked
+    return _Reads(block=block, began=began, completed=completed, core_seconds=time.process_time() - worked)

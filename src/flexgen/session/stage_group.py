@@ -48,13 +48,14 @@ def join_stages(found: ResolvedModel, num_stages: int) -> StageGroup:
     options = found.options
     with contextlib.ExitStack() as opened:
         if is_placed(os.environ):
-            if (cores := own_cores(place_of(os.environ))) is not None:
+            place = place_of(os.environ)
+            if place.size != num_stages:
+                raise OptionError(f"stages={num_stages}, and torchrun has started {place.size} processes: both must be the same")
+            if (cores := own_cores(place)) is not None:
                 opened.callback(cores.close)
             step(f"waiting for {counted(num_stages - 1, 'other stage')}")
             ranks = Ranks.join(os.environ, options.interface, patience=PATIENCE_SECONDS)
             opened.push(ranks)
-            if ranks.size != num_stages:
-                raise OptionError(f"stages={num_stages}, and torchrun has started {ranks.size} processes: both must be the same")
         else:
             step(f"starting {counted(num_stages - 1, 'more stage')} on this machine")
             interface = options.interface or LOOPBACK

@@ -31,6 +31,8 @@ class Blocks:
         Args:
             seconds: The seconds of each pass on one stage.
         """
+        if self.num_stages == 1:
+            return seconds
         following = np.append(seconds[1:], 0.0)
         return seconds + (self.num_stages - 1) / self.num_blocks * np.maximum(seconds - following, 0.0)
 

@@ -133,8 +133,7 @@ class Player:
 
     def _play(self, policy: Policy, sample: Sample) -> Outcome:
         played = play_sample(self.space.spec, policy, sample, weights=self.space.placed.of(policy.weights).work)
-        alone = [job.seconds(self.expectation, policy) for job in played.jobs]
-        seconds = [self.space.blocks.with_drains(each) for each in alone]
+        seconds = [self.space.blocks.with_drains(job.seconds(self.expectation, policy)) for job in played.jobs]
         self.effort += sum(map(_effort, played.jobs))
         return Outcome(
             refused=played.refused,

@@ -28,7 +28,7 @@ from flexgen.plan.tell.forecast import Forecast, Plan
 from flexgen.plan.tell.spill import LEAST_SPILL_GAIN
 from flexgen.plan.workload import Workload
 
-__all__ = ["ROUND_TRIP", "LinkRate", "StagePlan", "StagesPlan", "again", "divide"]
+__all__ = ["ROUND_TRIP", "StagePlan", "StagesPlan", "again", "divide"]
 
 # How often the stage that is slowest decides anew, and how often bounds on time are tightened until the whole keeps them.
 ROUNDS, ATTEMPTS = 4, 4
@@ -123,13 +123,13 @@ def _with_enough_blocks(job: StagedJob, *, hasty: bool) -> StagesPlan:
         num_blocks = math.ceil(job.num_stages + share * (needed - job.num_stages))
         with contextlib.suppress(CapacityError):
             other = _divided(job, num_blocks, hasty=hasty)
-            if _cost_of(other) < _cost_of(plan):
+            if _cost_of(other.forecast) < _cost_of(plan.forecast):
                 plan = other
     return plan
 
 
-def _cost_of(plan: StagesPlan) -> Cost:
-    return plan.forecast.num_refused, plan.forecast.seconds
+def _cost_of(forecast: Forecast) -> Cost:
+    return forecast.num_refused, forecast.seconds
 
 
 def again(plan: StagesPlan, workload: Workload, link: LinkRate | None = None) -> StagesPlan:
@@ -158,24 +158,27 @@ def _within(asked: Bounds, whole: Callable[[Bounds], StagesPlan], share: float) 
     Raises:
         CapacityError: Nothing fits, or no plan is as fast as the bounds require.
     """
-    bounds, tried = asked.tightened(share, share), list[Outcome]()
+
+    def excess(forecast: Forecast) -> float:
+        return asked.excess(forecast.request_seconds, forecast.seconds)
+
+    bounds, tried = asked.tightened(share, share), list[Forecast]()
     for _ in range(ATTEMPTS):
         try:
             plan = whole(bounds)
         except CapacityError:
             break
-        taken = Outcome(refused=0.0, seconds=plan.forecast.seconds, request_seconds=plan.forecast.request_seconds)
-        if not asked.excess(taken.request_seconds, taken.seconds):
+        if not excess(plan.forecast):
             return plan
-        tried.append(taken)
-        tighter = ((asked.request_seconds, taken.request_seconds), (asked.job_seconds, taken.seconds))
+        tried.append(plan.forecast)
+        tighter = ((asked.request_seconds, plan.forecast.request_seconds), (asked.job_seconds, plan.forecast.seconds))
         bounds = bounds.tightened(*(1.0 if most is None else most / seconds for most, seconds in tighter))
     # A stage by itself tells only about what the whole will take: the plan with the shortest requests may keep the bounds all the same.
     plan = whole(Bounds() if asked.request_seconds is None else SHORTEST)
-    taken = Outcome(refused=0.0, seconds=plan.forecast.seconds, request_seconds=plan.forecast.request_seconds)
-    if not asked.excess(taken.request_seconds, taken.seconds):
+    if not excess(plan.forecast):
         return plan
-    raise CapacityError(too_slow(asked, min([*tried, taken], key=lambda each: asked.excess(each.request_seconds, each.seconds))))
+    nearest = min([*tried, plan.forecast], key=excess)
+    raise CapacityError(too_slow(asked, Outcome(refused=0.0, seconds=nearest.seconds, request_seconds=nearest.request_seconds)))
 
 
 def _whole(search: StageSearch, edges: Sequence[int], bounds: Bounds, *, hasty: bool) -> StagesPlan:
@@ -208,8 +211,7 @@ def _moved(search: StageSearch, edges: Sequence[int], cut: Layers, common: Commo
             plans = [search.plan(*each, common, hasty=True) for each in enumerate(layers)]
         except CapacityError:
             return NO_PLAN
-        told = forecast_stages(plans, search.job.link, search.job.workload).forecast
-        return told.num_refused, told.seconds
+        return _cost_of(forecast_stages(plans, search.job.link, search.job.workload).forecast)
 
     borders = [edges.index(each.start) for each in cut] + [len(edges) - 1]
     best = cost(borders)
