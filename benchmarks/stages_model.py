@@ -22,9 +22,10 @@ from flexgen.plan.known.machines import PROCESS_BYTES, beside_checkpoint, find_m
 from flexgen.plan.known.models import catalogue_spec
 from flexgen.plan.machine import Machine
 from flexgen.plan.model import ModelSpec
-from flexgen.plan.stages.divide import StagesPlan, again, divide
+from flexgen.plan.stages.divide import divide
 from flexgen.plan.stages.job import StagedJob, StageMachine
 from flexgen.plan.stages.pipeline import LinkRate
+from flexgen.plan.stages.plans import StagesPlan, again
 from flexgen.plan.tell.formats import converted
 from flexgen.plan.workload import Workload
 

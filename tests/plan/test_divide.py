@@ -19,10 +19,12 @@ from flexgen.plan.play.blocks import ALONE, Blocks
 from flexgen.plan.price.memory import footprint
 from flexgen.plan.search import solve
 from flexgen.plan.search.optimise import Search
-from flexgen.plan.stages.divide import ROUND_TRIP, again, divide
+from flexgen.plan.stages.divide import divide
+from flexgen.plan.stages.forecast import ROUND_TRIP
 from flexgen.plan.stages.job import StagedJob, StageMachine
 from flexgen.plan.stages.more import one_more
 from flexgen.plan.stages.pipeline import LinkRate, PassTimes, play
+from flexgen.plan.stages.plans import again
 from flexgen.plan.stages.search import block_of
 from flexgen.plan.stages.spec import num_layers_of
 from flexgen.plan.tell.forecast import make_plan
@@ -59,7 +61,7 @@ def problem_of(seed, number):
     return job_of(options, instance.spec, machines, limits, instance.workload, link=LinkRate(bytes_per_s=1e8, latency_s=1e-3))
 
 
-@pytest.mark.matrix(4)
+@pytest.mark.matrix(4, always=["17"])
 @pytest.mark.parametrize("seed", [*range(40)])
 def test_no_cut_is_faster(seed):
     """Every cut by itself, with what is best for it, on machines of which only some are alike."""

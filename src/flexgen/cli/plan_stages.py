@@ -21,9 +21,9 @@ from flexgen.plan.machine import has_device_tier
 if TYPE_CHECKING:
     from flexgen.plan.machine import Limits, Machine
     from flexgen.plan.model import ModelSpec
-    from flexgen.plan.stages.divide import StagesPlan
     from flexgen.plan.stages.job import StagedJob
     from flexgen.plan.stages.more import OneMore
+    from flexgen.plan.stages.plans import StagesPlan
     from flexgen.plan.workload import Workload
 
 _PANEL = "Several machines (docs/plans.md)"

@@ -10,8 +10,8 @@ from flexgen.base.quantities import counted, format_link, format_seconds
 from flexgen.report.plans import aligned, format_forecast, format_memory, format_shares, resource_name
 
 if TYPE_CHECKING:
-    from flexgen.plan.stages.divide import StagePlan, StagesPlan
     from flexgen.plan.stages.more import OneMore
+    from flexgen.plan.stages.plans import StagePlan, StagesPlan
 
 LEAST_SPEEDUP = 1.005  # of one machine more that is worth a word
 _HEADER = ["stage", "machine", "layers", "a pass", "busy", "bound by", "weights", "KV"]

@@ -20,9 +20,10 @@ from flexgen.options import EngineOptions
 from flexgen.plan.machine import Limits, machine_of
 from flexgen.plan.price.pass_time import Expectation
 from flexgen.plan.search.ideal import budgets_of
-from flexgen.plan.stages.divide import StagePlan, StagesPlan, again, divide
+from flexgen.plan.stages.divide import divide
 from flexgen.plan.stages.job import StagedJob, StageMachine
 from flexgen.plan.stages.pipeline import LinkRate
+from flexgen.plan.stages.plans import StagePlan, StagesPlan, again
 from flexgen.plan.tell.forecast import Plan
 from flexgen.plan.tell.remaining import RemainingTime
 from flexgen.plan.workload import Workload

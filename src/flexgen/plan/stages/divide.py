@@ -13,76 +13,32 @@ import contextlib
 import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 
 from flexgen.errors import CapacityError, OptionError
 from flexgen.plan.search.evaluate import Bounds, Outcome
 from flexgen.plan.search.optimise import SHORTEST, too_slow
 from flexgen.plan.stages.cut import Cost, Layers, best_cut, dearest, proportional_cut
-from flexgen.plan.stages.forecast import ROUND_TRIP, StagesForecast, forecast_stages
+from flexgen.plan.stages.forecast import ROUND_TRIP, forecast_stages
 from flexgen.plan.stages.job import StagedJob
-from flexgen.plan.stages.pipeline import LinkRate
+from flexgen.plan.stages.plans import StagesPlan, told
 from flexgen.plan.stages.search import NO_PLAN, Common, StageSearch
-from flexgen.plan.tell.forecast import Forecast, Plan
+from flexgen.plan.tell.forecast import Forecast
 from flexgen.plan.tell.spill import LEAST_SPILL_GAIN
-from flexgen.plan.workload import Workload
-
-__all__ = ["ROUND_TRIP", "StagePlan", "StagesPlan", "again", "divide"]
 
 # How often the stage that is slowest decides anew, and how often bounds on time are tightened until the whole keeps them.
 ROUNDS, ATTEMPTS = 4, 4
 # The share of the usual effort of a search for a plan that is only compared with others.
 HASTY = 0.1
-# More blocks than stages are tried where a pass comes back so much later than a round of blocks would take, up to so many times as many.
+# More blocks than stages are tried where a pass comes back so much later than a round of blocks would take, or where so many times as
+# many passes serve the job; up to so many times as many.
 LEAST_MORE_BLOCKS, MOST_BLOCKS = 1.05, 4
+# How closely the most sequences with which all stages fit are found.
+CLOSE = 1.1
 # The most machines for which borders are moved one by one.
 MOST_MOVED = 8
 # Machines on which nothing fits count as so many times slower than the fastest, in the first cut.
 LEAST_RATE = 1e-3
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StagePlan:
-    """The plan of one stage.
-
-    Attributes:
-        layers: Its decoder layers. The first stage has the embedding as well, the last the final norm and the head.
-        plan: Its plan, with the forecast of a block's passes there.
-        bound_by: What decides the time of its passes: a resource of its machine, or "link", where what it sends takes longer.
-        seconds_per_pass: The mean time of a pass there.
-        busy_share: The share of the job's time in which it computes.
-    """
-
-    layers: range
-    plan: Plan
-    bound_by: str
-    seconds_per_pass: float
-    busy_share: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StagesPlan:
-    """The plans of all stages, with the forecast of the whole.
-
-    Attributes:
-        stages: The stages, in order.
-        forecast: What is expected of all together: memory and bytes are those of all stages, the resources of a pass those of the slowest.
-        link: The link between stages.
-        bound_by: What decides the time of most rounds: "stage 3", "link 0", or "round trip" (see `StagesForecast`).
-        bubble_share: The share of the job's time in which even the busiest stage waits: while the pipeline fills and drains, and for what
-            is still on its way through the others.
-        round_trip_seconds: The mean seconds of a pass through all stages and back.
-        blocks_per_trip: How many passes the slowest stage or link could serve in that time.
-    """
-
-    stages: tuple[StagePlan, ...]
-    forecast: Forecast
-    link: LinkRate
-    bound_by: str
-    bubble_share: float
-    round_trip_seconds: float
-    blocks_per_trip: float
 
 
 def divide(job: StagedJob, *, hasty: bool = False) -> StagesPlan:
@@ -114,13 +70,9 @@ def divide(job: StagedJob, *, hasty: bool = False) -> StagesPlan:
 
 
 def _with_enough_blocks(job: StagedJob, *, hasty: bool) -> StagesPlan:
-    """Return the best plan of those with as many blocks as stages, and with as many as make a round of blocks last as long as a trip."""
+    """Return the best plan of those with as many blocks as stages, and with as many more as promise to be faster."""
     plan = _divided(job, job.num_stages, hasty=hasty)
-    needed = min(plan.blocks_per_trip, MOST_BLOCKS * job.num_stages, float(len(job.workload)))
-    if job.num_stages == 1 or needed < LEAST_MORE_BLOCKS * job.num_stages:
-        return plan
-    for share in (0.5, 1.0):
-        num_blocks = math.ceil(job.num_stages + share * (needed - job.num_stages))
+    for num_blocks in _more_blocks(job, plan):
         with contextlib.suppress(CapacityError):
             other = _divided(job, num_blocks, hasty=hasty)
             if _cost_of(other.forecast) < _cost_of(plan.forecast):
@@ -128,13 +80,31 @@ def _with_enough_blocks(job: StagedJob, *, hasty: bool) -> StagesPlan:
     return plan
 
 
+def _more_blocks(job: StagedJob, plan: StagesPlan) -> list[int]:
+    """Return the numbers of blocks that promise to be faster than as many as stages.
+
+    With so many that a round of blocks lasts as long as a trip, no stage waits for what is on its way; half as many more may be enough.
+    A small job whose last blocks are not full, 60 requests in 2 times 3 blocks of up to 16, is served by fewer passes of 4 full blocks.
+    """
+    number, requests = job.num_stages, len(job.workload)
+    most = min(MOST_BLOCKS * number, requests)
+    if number == 1 or most <= number:
+        return []
+    more = list[int]()
+    needed = min(plan.blocks_per_trip, float(most))
+    if needed >= LEAST_MORE_BLOCKS * number:
+        more += [math.ceil(number + share * (needed - number)) for share in (0.5, 1.0)]
+    full = math.ceil(requests / plan.stages[0].plan.policy.max_num_seqs)
+    turns = math.ceil(full / number)
+    if turns > 1:
+        fewer = math.ceil(full / (turns - 1))
+        if fewer <= most and number * turns >= LEAST_MORE_BLOCKS * fewer * (turns - 1):
+            more.append(fewer)
+    return sorted(set(more))
+
+
 def _cost_of(forecast: Forecast) -> Cost:
     return forecast.num_refused, forecast.seconds
-
-
-def again(plan: StagesPlan, workload: Workload, link: LinkRate | None = None) -> StagesPlan:
-    """Return the same stages with the forecast of another job, or over another link."""
-    return _told([stage.layers for stage in plan.stages], [stage.plan for stage in plan.stages], link or plan.link, workload)
 
 
 def _divided(job: StagedJob, num_blocks: int, *, hasty: bool) -> StagesPlan:
@@ -189,12 +159,12 @@ def _whole(search: StageSearch, edges: Sequence[int], bounds: Bounds, *, hasty: 
     """
     cut, common = _chosen(search, edges, bounds, hasty=hasty)
 
-    def told(cut: Layers) -> StagesPlan:
-        return _told(cut, [search.plan(*each, common, hasty=hasty) for each in enumerate(cut)], search.job.link, search.job.workload)
+    def plan_of(cut: Layers) -> StagesPlan:
+        return told(cut, [search.plan(*each, common, hasty=hasty) for each in enumerate(cut)], search.job.link, search.job.workload)
 
-    plan = told(cut)
+    plan = plan_of(cut)
     if search.job.num_stages <= MOST_MOVED and (search.are_unequal or plan.bound_by == ROUND_TRIP):
-        plan = told(_moved(search, edges, cut, common))
+        plan = plan_of(_moved(search, edges, cut, common))
     return plan
 
 
@@ -247,15 +217,32 @@ def _chosen(search: StageSearch, edges: Sequence[int], bounds: Bounds, *, hasty:
         common = _decided(search, cut, deciding, bounds, hasty=hasty)
         if common in found:
             break
-        cost, cut = _cut_for(search, edges, common, cut)
-        while cost == NO_PLAN and common.max_num_seqs > 1:
-            common = common.halved()
-            cost, cut = _cut_for(search, edges, common, cut)
+        common, cost, cut = _fitting(search, edges, common, cut)
         found[common] = cost, cut
         costs = [search.cost(stage, layers, common) for stage, layers in enumerate(cut)]
         deciding = sorted(range(len(cut)), key=costs.__getitem__, reverse=True)[:1]
     common = min(found, key=lambda each: found[each][0])
     return found[common][1], common
+
+
+def _fitting(search: StageSearch, edges: Sequence[int], common: Common, begin: Layers) -> tuple[Common, Cost, Layers]:
+    """Return the same for about the most sequences with which all stages fit, and the best cut for it."""
+    cost, cut = _cut_for(search, edges, common, begin)
+    least, most = common.max_num_seqs, common.max_num_seqs
+    tried = common
+    while cost == NO_PLAN and least > 1:
+        least, most = least // 2, least
+        tried = common.of_sequences(least)
+        cost, cut = _cut_for(search, edges, tried, cut)
+    while cost != NO_PLAN and most > max(CLOSE * least, least + 1):
+        middle = (least + most) // 2
+        other = common.of_sequences(middle)
+        dearer, its_cut = _cut_for(search, edges, other, cut)
+        if dearer == NO_PLAN:
+            most = middle
+        else:
+            tried, cost, cut, least = other, dearer, its_cut, middle
+    return tried, cost, cut
 
 
 def _cut_for(search: StageSearch, edges: Sequence[int], common: Common, begin: Layers) -> tuple[Cost, Layers]:
@@ -284,31 +271,3 @@ def _first_cut(search: StageSearch, edges: Sequence[int]) -> Layers:
     rates = [search.rate(stage, part) for stage in range(number)]
     weights = [max(rate, LEAST_RATE * max(rates)) or 1.0 for rate in rates]
     return proportional_cut(weights, edges)
-
-
-def _told(cut: Sequence[range], plans: Sequence[Plan], link: LinkRate, workload: Workload) -> StagesPlan:
-    """Return the plans of the stages with the forecast of the whole."""
-    told = forecast_stages(plans, link, workload)
-    return StagesPlan(
-        stages=tuple(
-            StagePlan(
-                layers=layers,
-                plan=plan,
-                bound_by=_bound_by(told, stage, plan),
-                seconds_per_pass=told.seconds_per_pass[stage],
-                busy_share=told.busy_shares[stage],
-            )
-            for stage, (layers, plan) in enumerate(zip(cut, plans, strict=True))
-        ),
-        forecast=told.forecast,
-        link=link,
-        bound_by=told.bound_by,
-        bubble_share=max(1 - max(told.busy_shares), 0.0),
-        round_trip_seconds=told.round_trip_seconds,
-        blocks_per_trip=told.round_trip_seconds / max(*told.seconds_per_pass, *told.link_seconds_per_pass, 1e-9),
-    )
-
-
-def _bound_by(told: StagesForecast, stage: int, plan: Plan) -> str:
-    sent = told.link_seconds_per_pass[stage] if stage < len(told.link_seconds_per_pass) else 0.0
-    return "link" if sent > told.seconds_per_pass[stage] else plan.forecast.bottleneck

@@ -6,8 +6,9 @@ import dataclasses
 from dataclasses import dataclass
 
 from flexgen.errors import CapacityError, OptionError
-from flexgen.plan.stages.divide import StagesPlan, divide
+from flexgen.plan.stages.divide import divide
 from flexgen.plan.stages.job import StagedJob
+from flexgen.plan.stages.plans import StagesPlan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

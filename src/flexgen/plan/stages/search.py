@@ -57,10 +57,10 @@ class Common:
         """Return the point that does this, with the homes of another."""
         return dataclasses.replace(point, schedule=self.schedule, micro_batch_tokens=self.micro_batch_tokens)
 
-    def halved(self) -> Common:
-        """Return the same for half of the sequences."""
-        quota = self.prefill_tokens and max(self.prefill_tokens // 2, 1)
-        return dataclasses.replace(self, max_num_seqs=max(self.max_num_seqs // 2, 1), prefill_tokens=quota)
+    def of_sequences(self, number: int) -> Common:
+        """Return the same for fewer sequences, with as many prompt tokens per sequence."""
+        quota = self.prefill_tokens and max(self.prefill_tokens * number // self.max_num_seqs, 1)
+        return dataclasses.replace(self, max_num_seqs=number, prefill_tokens=quota)
 
 
 def block_of(workload: Workload, num_blocks: int) -> Workload:
