@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import threading
 from collections import Counter
@@ -19,6 +20,7 @@ from transformers import AutoConfig
 from flexgen import LLM, OptionError, SamplingParams
 from flexgen.base.recorder import (
     COMPUTE,
+    DEVICE_COMPUTE,
     DEVICE_TO_HOST,
     HOST_TO_DEVICE,
     IO,
@@ -136,6 +138,21 @@ def test_what_resumes_had_begun_and_the_pass_has_it_all(traced: Traced, policy: 
         start, end = passes[args["pass_index"]]
         assert start <= each["ts"] <= each["ts"] + each["dur"] <= end
     assert (resumed > 0) == (policy.kv.disk > 0 or policy.device == "sim"), "where attention is computed elsewhere"
+
+
+def test_what_a_device_computes_has_a_track_of_its_own(traced: Traced, policy: Policy) -> None:
+    """Here it computes at once, so that it is the host's track, without the waits."""
+    computed = [each for each in traced.trace.slices[COMPUTE] if not each["name"].startswith("wait")]
+    found = traced.trace.slices.get(DEVICE_COMPUTE, [])
+    if policy.device != "sim":
+        assert not found
+        return
+    assert [(each["name"], each["args"]) for each in found] == [(each["name"], each["args"]) for each in computed]
+    for host, device in zip(computed, found, strict=True):
+        assert device["ts"] <= host["ts"]
+        assert host["ts"] + host["dur"] <= device["ts"] + device["dur"] + 1, "rounding aside"
+    ends = [(each["ts"] + each["dur"], each["ts"]) for each in found if "micro_batch" in each["args"]]
+    assert all(end <= start + 1 for (end, _), (_, start) in itertools.pairwise(ends)), "one stream"
 
 
 def test_bytes_are_those_of_the_report(traced: Traced, policy: Policy) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,6 +21,7 @@ from tests.devices.fake_cudart import PAGE, FakeRuntime
 class FakeEvent:
     def __init__(self, **how: Any) -> None:
         self.how, self.waited = how, False
+        self.milliseconds = 0.0  # when it happens
         self.stream: FakeStream | None = None
 
     def synchronize(self) -> None:
@@ -27,6 +29,10 @@ class FakeEvent:
 
     def query(self) -> bool:
         return self.waited
+
+    def elapsed_time(self, later: FakeEvent) -> float:
+        assert self.how == later.how == {"enable_timing": True}
+        return later.milliseconds - self.milliseconds
 
 
 class FakeStream:
@@ -147,6 +153,23 @@ def test_new_memory_is_not_used_by_queued_computing(runtime: FakeRuntime, monkey
     device.allocate(100)
     ((_, event),) = FakeStream.made[0].told
     assert event.waited
+
+
+def test_moments_have_the_time_of_the_host(runtime: FakeRuntime) -> None:
+    """CUDA tells milliseconds since another event, which is the first one only for so long."""
+    before = time.perf_counter()
+    device = CudaDevice(0)
+    moments = [device.moment() for _ in range(4)]
+    since = time.perf_counter()
+    assert not moments[0].done()
+    for moment, milliseconds in zip(moments, (1.5, 900.0, 5000.0, 5001.0), strict=True):
+        moment._event.milliseconds = milliseconds
+    first, *others = (moment.seconds() for moment in moments)
+    assert before <= first - 1.5e-3 <= since
+    assert [each - first for each in others] == pytest.approx([0.8985, 4.9985, 4.9995])
+    assert all(moment.done() for moment in moments), "waited for"
+    assert device._times is not None
+    assert device._times._since is moments[2]._event
 
 
 def test_closing_unpins_host_memory(runtime: FakeRuntime) -> None:

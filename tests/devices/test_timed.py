@@ -70,6 +70,18 @@ def test_a_bulk_copy_is_submitted_in_chunks() -> None:
     assert (clock.time, device.bytes_in) == (4, 7 * CHUNK)
 
 
+def test_computing_happens_when_it_is_submitted_or_when_the_device_has_time() -> None:
+    device, clock, _ = timed_device()
+    moments = [device.moment()]
+    for seconds in (3, 2):
+        compute(device, seconds)
+        moments.append(device.moment())
+    assert [each.seconds() for each in moments] == [0, 3, 5]
+    assert [each.done() for each in moments] == [True, False, False]
+    clock.time = 9
+    assert device.moment().seconds() == 9
+
+
 def test_an_urgent_copy_waits_for_outstanding_chunks_only() -> None:
     device, clock, _ = timed_device()
     brought(device, 5)  # it is 2, and chunks end at 3, 4 and 5

@@ -1,4 +1,4 @@
-"""Units of experts by which a device multiplies as they are stored: decoded when somebody asks, and in the ring until they are released."""
+"""Units that a device decodes, at once or when somebody asks, and again where others have taken their place; in the ring until released."""
 
 from __future__ import annotations
 
@@ -63,9 +63,9 @@ class Model:
 
 
 class Opened:
-    """A store of equal units that come from disk, whose ring on the device holds one."""
+    """A store of equal units that come from disk, with a ring on the device for so many."""
 
-    def __init__(self, folder: Path, *, takes: bool = True) -> None:
+    def __init__(self, folder: Path, *, takes: bool = True, ring_units: int = 1) -> None:
         generator = torch.Generator().manual_seed(0)
         parts = {"blocks": (4, 24, 2, 16), "scales": (4, 24, 2)}
         stored = {f"{NAME}_{part}": torch.randint(100, 156, shape, dtype=torch.uint8, generator=generator) for part, shape in parts.items()}
@@ -80,7 +80,7 @@ class Opened:
         self.backend, self.io, self.files = SimulatedDevice(1 << 20), IOPool(2), FileSet()
         self.store = WeightStore(
             [replace(self.unit, index=index) for index in range(4)], ["disk"] * 4, self.model, self.io, self.files, backend=self.backend,
-            host_ring_bytes=8 * 8192, device_ring_bytes=self.unit.carried_bytes, on_arrival=self.arrived.set, poison=True,
+            host_ring_bytes=8 * 8192, device_ring_bytes=ring_units * self.unit.carried_bytes, on_arrival=self.arrived.set, poison=True,
         )  # fmt: skip
         self.store.load()
         self.store.start()
@@ -144,13 +144,41 @@ def test_the_slot_is_held_until_the_unit_is_released(tmp_path: Path) -> None:
     opened.close()
 
 
-def test_what_the_model_does_not_take_is_decoded_at_once_and_its_slot_is_free(tmp_path: Path) -> None:
+def test_what_the_model_does_not_take_is_decoded_at_once(tmp_path: Path) -> None:
     opened = Opened(tmp_path, takes=False)
     bound = opened.open(0)
     assert isinstance(bound, Tensor)
     assert torch.equal(bound.cpu(), opened.numbers)
     assert opened.format.count == 1
+    assert opened.open(0) is bound
+    assert opened.format.count == 1
+    assert not opened.arrives(1, seconds=0.2), "it may have to be decoded again"
+    opened.store.release(0)
     assert opened.arrives(1)
+    opened.close()
+
+
+@pytest.mark.parametrize("takes", [False, True])
+def test_units_that_are_far_apart_are_decoded_again_in_the_memory_of_others(tmp_path: Path, takes: bool) -> None:
+    """One micro-batch waits in the first unit while others go on, and then passes them by."""
+
+    def computes(unit: int) -> None:
+        bound = opened.open(unit)
+        numbers = bound if isinstance(bound, Tensor) else bound.decoded()
+        assert torch.equal(numbers.cpu(), opened.numbers)
+
+    opened = Opened(tmp_path, takes=takes, ring_units=4)
+    for unit in (0, 1, 1, 2, 1, 3, 3):
+        computes(unit)
+    assert opened.format.count == 4, "two have room"
+    for unit in range(4):
+        computes(unit)
+        if unit:
+            opened.store.release(unit - 1)
+    assert opened.format.count == 8
+    opened.store.release(3)
+    assert not opened.model.bound
+    assert opened.backend.used_bytes <= 4 * opened.unit.carried_bytes + DEVICE_SCRATCH_UNITS * opened.unit.decoded_bytes
     opened.close()
 
 

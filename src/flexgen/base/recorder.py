@@ -16,8 +16,9 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from flexgen.base.files import check_target, create, follow, temporary_beside
 from flexgen.base.quantities import MIB, counted, format_size
@@ -26,14 +27,14 @@ from flexgen.errors import OptionError, StorageError
 logger = logging.getLogger(__name__)
 
 # The tracks, from top to bottom; threads of the same kind have numbers behind the name.
-PASSES, COMPUTE = "passes", "compute"
+PASSES, COMPUTE, DEVICE_COMPUTE = "passes", "compute", "device compute"
 HOST_ATTENTION, DISK_ATTENTION = "host attention", "disk attention"
 WEIGHTS_TO_DEVICE, KV_TO_DEVICE = "weights to device", "KV to device"
 HOST_TO_DEVICE, URGENT_TO_DEVICE, DEVICE_TO_HOST = "host to device", "urgent to device", "device to host"
 IO = "I/O thread"
 _ORDER = (
-    PASSES, COMPUTE, HOST_ATTENTION, DISK_ATTENTION, "weights from disk", WEIGHTS_TO_DEVICE, KV_TO_DEVICE, "KV from disk", "KV to disk",
-    HOST_TO_DEVICE, URGENT_TO_DEVICE, DEVICE_TO_HOST, IO,
+    PASSES, COMPUTE, DEVICE_COMPUTE, HOST_ATTENTION, DISK_ATTENTION, "weights from disk", WEIGHTS_TO_DEVICE, KV_TO_DEVICE, "KV from disk",
+    "KV to disk", HOST_TO_DEVICE, URGENT_TO_DEVICE, DEVICE_TO_HOST, IO,
 )  # fmt: skip
 _MOST_OF_A_KIND = 1000  # threads
 
@@ -72,12 +73,51 @@ def recorded(recorder: Recorder | None, track: str, name: str, colour: str = "",
     Yields:
         The args, to which the block may add what it finds.
     """
-    start = 0 if recorder is None else recorder.now()
+    if recorder is None:
+        yield args
+        return
+    begun = recorder.begin(track)
     try:
         yield args
     finally:
-        if recorder is not None:
-            recorder.slice(track, name, start, colour, **args)
+        recorder.end(begun, name, colour, **args)
+
+
+class Moment(Protocol):
+    """A moment in what a device computes, which comes later than the host's."""
+
+    def done(self) -> bool: ...
+
+    def seconds(self) -> float:
+        """Return when it was, in seconds of the recorder; known once it is done."""
+        ...
+
+
+class Stream(Protocol):
+    """What a device computes, in the order in which the host submits it."""
+
+    def moment(self) -> Moment:
+        """Return the moment at which everything submitted before is done, and what follows may begin."""
+        ...
+
+    def computed(self, begun: Moment, name: str, args: dict[str, Any]) -> None:
+        """Record what was submitted since a moment, once it is known when it happened."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """A slice that has begun.
+
+    Attributes:
+        track: Its track.
+        start: The time when it began.
+        moment: The moment in what the device computes at which what it submits may begin; None where the track is not of that.
+    """
+
+    track: str
+    start: int
+    moment: Moment | None
 
 
 class Recorder:
@@ -93,6 +133,7 @@ class Recorder:
 
     Attributes:
         pass_index: The index of the pass that began last; -1 before the first.
+        stream: What the device computes, beside the COMPUTE track of what the host does and submits; None without a device.
 
     Raises:
         StorageError: The file cannot be written.
@@ -106,6 +147,7 @@ class Recorder:
         seconds: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.pass_index = -1
+        self.stream: Stream | None = None
         self._path, self._passes = path, passes
         self._recording, self._ended = passes is None, False
         self._events: deque[dict[str, Any]] = deque()
@@ -132,6 +174,17 @@ class Recorder:
         self._recording = not self._ended and (self._passes is None or self.pass_index in self._passes)
         return self.now()
 
+    def begin(self, track: str) -> Begun:
+        """Return the beginning of a slice."""
+        moment = self.stream.moment() if self.stream is not None and track == COMPUTE and self._recording else None
+        return Begun(track, self.now(), moment)
+
+    def end(self, begun: Begun, name: str, colour: str = "", **args: Any) -> None:
+        """Record something that ends now, and what it has submitted to the device; see `slice`."""
+        self.slice(begun.track, name, begun.start, colour, **args)
+        if self.stream is not None and begun.moment is not None and colour != WAITING:
+            self.stream.computed(begun.moment, name, args)
+
     def slice(self, track: str, name: str, start: int, colour: str = "", **args: Any) -> int:
         """Record something that ends now, and return the time.
 
@@ -146,11 +199,19 @@ class Recorder:
         """
         end = self.now()
         if self._recording:
-            event = {"ph": "X", "pid": 1, "tid": track, "name": name, "ts": start, "dur": end - start}
-            if colour:
-                event["cname"] = colour
-            self._add(event | {"args": args})
+            self._add_slice(track, name, start, end, colour, args)
         return end
+
+    def span(self, track: str, name: str, start: float, end: float, args: dict[str, Any]) -> None:
+        """Record something that began and ended at other times than now, both in seconds, and was begun when recording."""
+        first, last = (int((each - self._origin) * 1e6) for each in (start, end))
+        self._add_slice(track, name, first, last, "", args)
+
+    def _add_slice(self, track: str, name: str, start: int, end: int, colour: str, args: dict[str, Any]) -> None:
+        event = {"ph": "X", "pid": 1, "tid": track, "name": name, "ts": start, "dur": end - start}
+        if colour:
+            event["cname"] = colour
+        self._add(event | {"args": args})
 
     def transfer(self, track: str, name: str, submitted: int, **args: Any) -> None:
         """Record a transfer that ends now, on the track of a queue whose transfers take place one after another.

@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 
 from flexgen.base.quantities import format_size
+from flexgen.base.recorder import Moment
 from flexgen.errors import CapacityError
 from flexgen.io.aligned import allocate_memory
 
@@ -120,6 +121,10 @@ class Device(Protocol):
 
     def marker(self) -> Event:
         """Return a marker in the device's computing, which passes when everything submitted before it is done."""
+        ...
+
+    def moment(self) -> Moment:
+        """Return such a marker, of which the device notes when it passes."""
         ...
 
     def await_in(self, event: Event) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import time
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from flexgen.devices.cudart import cuda_runtime
 logger = logging.getLogger(__name__)
 
 HIGH = -1  # the priority of a stream; others have 0
+LONG_AGO_SECONDS = 1.0
 
 
 class CudaEvent:
@@ -30,6 +32,43 @@ class CudaEvent:
 
     def wait(self) -> None:
         self.event.synchronize()
+
+
+class _EventTimes:
+    """The times of events, in seconds of the host's clock.
+
+    CUDA tells how long after another event one was, as float32 milliseconds, so the other one must not be long ago.
+    """
+
+    def __init__(self, stream: torch.cuda.Stream) -> None:
+        self._since = self.record(stream)
+        self._since.synchronize()
+        self._seconds = time.perf_counter()
+
+    @staticmethod
+    def record(stream: torch.cuda.Stream) -> Any:
+        return stream.record_event(torch.cuda.Event(enable_timing=True))
+
+    def seconds(self, event: Any) -> float:
+        after = self._since.elapsed_time(event) / 1e3
+        seconds = self._seconds + after
+        if after > LONG_AGO_SECONDS:
+            self._since, self._seconds = event, seconds
+        return seconds
+
+
+class CudaMoment:
+    """A moment in computing."""
+
+    def __init__(self, event: Any, times: _EventTimes) -> None:
+        self._event, self._times = event, times
+
+    def done(self) -> bool:
+        return self._event.query()
+
+    def seconds(self) -> float:
+        self._event.synchronize()
+        return self._times.seconds(self._event)
 
 
 class CudaDevice(Arenas):
@@ -47,6 +86,7 @@ class CudaDevice(Arenas):
             logger.warning("cannot pin host memory, because no CUDA runtime library of torch's was found: copies will be slower")
         self._host = HostArena(runtime)
         self._memory: CudaMemory | None = None  # while there is a limit
+        self._times: _EventTimes | None = None  # once there are moments
 
     def limit(self, process_bytes: int) -> None:
         self._memory = cuda_memory()
@@ -90,6 +130,11 @@ class CudaDevice(Arenas):
 
     def marker(self) -> CudaEvent:
         return _recorded(torch.cuda.current_stream(self.device))
+
+    def moment(self) -> CudaMoment:
+        stream = torch.cuda.current_stream(self.device)
+        self._times = self._times or _EventTimes(stream)
+        return CudaMoment(self._times.record(stream), self._times)
 
     def await_in(self, event: Event) -> None:
         assert isinstance(event, CudaEvent)

@@ -1,13 +1,14 @@
-"""A device whose copies are recorded for the trace, whatever its kind."""
+"""A device whose copies and computing are recorded for the trace, whatever its kind."""
 
 from __future__ import annotations
 
 import threading
 from collections import deque
+from typing import Any
 
 import torch
 
-from flexgen.base.recorder import DEVICE_TO_HOST, HOST_TO_DEVICE, URGENT_TO_DEVICE, Recorder
+from flexgen.base.recorder import DEVICE_COMPUTE, DEVICE_TO_HOST, HOST_TO_DEVICE, URGENT_TO_DEVICE, Moment, Recorder
 from flexgen.devices.base import Device, Event
 from flexgen.devices.wrapped import WrappedDevice
 
@@ -71,8 +72,33 @@ class RecordedCopy:
         self._stream.complete(self)
 
 
+class _Computing:
+    """What the device computes: a slice begins when it is submitted, or when what was submitted before it is done."""
+
+    def __init__(self, recorder: Recorder, device: Device) -> None:
+        self._recorder, self._device = recorder, device
+        self._slices: deque[tuple[Moment, Moment, str, dict[str, Any]]] = deque()  # those that are not recorded
+
+    def moment(self) -> Moment:
+        return self._device.moment()
+
+    def computed(self, begun: Moment, name: str, args: dict[str, Any]) -> None:
+        self._slices.append((begun, self._device.moment(), name, args))
+        while self._slices and self._slices[0][1].done():
+            self._record()
+
+    def complete(self) -> None:
+        """Record what was submitted, of which the end must have come."""
+        while self._slices:
+            self._record()
+
+    def _record(self) -> None:
+        begun, ended, name, args = self._slices.popleft()
+        self._recorder.span(DEVICE_COMPUTE, name, begun.seconds(), ended.seconds(), args)
+
+
 class RecordedDevice(WrappedDevice):
-    """A device that records its copies.
+    """A device that records its copies, and what it computes.
 
     Args:
         device: The device.
@@ -82,6 +108,7 @@ class RecordedDevice(WrappedDevice):
     def __init__(self, device: Device, recorder: Recorder) -> None:
         super().__init__(device)
         self._recorder = recorder
+        self._computing = recorder.stream = _Computing(recorder, device)
         self._in, self._urgent, self._out = (_Stream(recorder, track) for track in (HOST_TO_DEVICE, URGENT_TO_DEVICE, DEVICE_TO_HOST))
 
     def copy_in(self, destination: torch.Tensor, source: torch.Tensor, after: Event | None = None) -> RecordedCopy:
@@ -107,6 +134,8 @@ class RecordedDevice(WrappedDevice):
         self._of.await_in(event.event)
 
     def close(self) -> None:
+        self._recorder.stream = None
         super().close()
+        self._computing.complete()
         for stream in (self._in, self._urgent, self._out):
             stream.complete()

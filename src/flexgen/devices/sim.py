@@ -34,6 +34,19 @@ SEEN = 0.5  # the probability that polling a copy completes it, and that polling
 CHUNK_BYTES, OUTSTANDING_BYTES = 1 << 16, 3 << 16  # of bulk copies
 
 
+class SimMoment:
+    """A moment in computing, which happens when it is called."""
+
+    def __init__(self, at: float) -> None:
+        self._at = at
+
+    def done(self) -> bool:
+        return True
+
+    def seconds(self) -> float:
+        return self._at
+
+
 class SimEvent:
     """One copy, and its completion."""
 
@@ -211,6 +224,9 @@ class SimulatedDevice(Arenas):
 
     def marker(self) -> SimMarker:
         return SimMarker(self)
+
+    def moment(self) -> SimMoment:
+        return SimMoment(self.now())
 
     def await_in(self, event: Event) -> None:
         assert isinstance(event, SimEvent)

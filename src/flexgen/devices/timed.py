@@ -62,6 +62,9 @@ class TimedEvent:
     def wait(self) -> None:
         self._clock.wait_until(self.end)
 
+    def seconds(self) -> float:
+        return self.end
+
 
 class _DeviceComputing:
     """The stream of computing: the host goes on while it computes.
@@ -220,6 +223,9 @@ class TimedDevice(Arenas):
 
     def marker(self) -> TimedEvent:
         return TimedEvent(self.clock, self._computing.end)
+
+    def moment(self) -> TimedEvent:
+        return TimedEvent(self.clock, max(self._computing.end, self.now()))
 
     def await_in(self, event: Event) -> None:
         assert isinstance(event, TimedEvent)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from flexgen.base.recorder import Moment
 from flexgen.devices.base import Device, Event
 
 
@@ -59,6 +60,9 @@ class WrappedDevice:
 
     def marker(self) -> Event:
         return self._of.marker()
+
+    def moment(self) -> Moment:
+        return self._of.moment()
 
     def await_in(self, event: Event) -> None:
         self._of.await_in(event)

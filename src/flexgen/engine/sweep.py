@@ -15,7 +15,7 @@ from typing import Protocol
 import greenlet
 import torch
 
-from flexgen.base.recorder import COMPUTE, WAITING, Recorder
+from flexgen.base.recorder import COMPUTE, WAITING, Begun, Recorder
 from flexgen.devices.packed import PackedCopies
 from flexgen.devices.staging import HostCopies
 from flexgen.engine.boundary import Boundary
@@ -109,11 +109,11 @@ class MicroBatchForward(ForwardCoroutine):
         return self._attend(call)
 
     def _attend(self, call: AttentionCall) -> torch.Tensor:
-        start = 0 if self._recorder is None else self._recorder.now()
+        begun = None if self._recorder is None else self._recorder.begin(COMPUTE)
         answer = self.view.attend(call)
         if isinstance(answer, torch.Tensor):
-            if self._recorder is not None:
-                self._recorder.slice(COMPUTE, f"attention of layer {call.layer}", start)
+            if self._recorder is not None and begun is not None:
+                self._recorder.end(begun, f"attention of layer {call.layer}")
             return answer
         while not isinstance(answer, torch.Tensor):
             self.pending = answer
@@ -176,14 +176,14 @@ class SweepRecorder:
         self._indices = {forward: index for index, forward in enumerate(forwards)}
         self._cause, self._since, self._lowest = "", 0, 0  # of the wait that has not ended
 
-    def now(self) -> int:
-        return self._recorder.now()
+    def begin(self) -> Begun:
+        return self._recorder.begin(COMPUTE)
 
     def waits(self, cause: str, active: Sequence[MicroBatchForward]) -> None:
         """Record that all micro-batches wait, which may have begun before."""
         if cause != self._cause:
             self.goes_on()
-            self._cause, self._since, self._lowest = cause, self.now(), min(each.unit for each in active)
+            self._cause, self._since, self._lowest = cause, self._recorder.now(), min(each.unit for each in active)
 
     def goes_on(self) -> None:
         """Record that the wait is over, if there is one."""
@@ -191,18 +191,18 @@ class SweepRecorder:
             self._recorder.slice(COMPUTE, f"wait for {self._cause}", self._since, WAITING, unit=self._lowest)
             self._cause = ""
 
-    def computed(self, forward: MicroBatchForward, unit: int, start: int, *, resumed: bool) -> None:
+    def computed(self, forward: MicroBatchForward, unit: int, begun: Begun, *, resumed: bool) -> None:
         """Record what a micro-batch has computed, up to the next unit, the end, or attention that it waits for.
 
         Args:
             forward: The micro-batch.
             unit: The unit in which it was; -1 before the first.
-            start: The time when it began.
+            begun: When it began.
             resumed: Whether it had begun with the unit before, and waited for attention.
         """
         modules = {"modules": self._units[unit]} if unit >= 0 else {}
-        self._recorder.slice(
-            COMPUTE, f"unit {unit}" if unit >= 0 else "begin", start, unit=unit, micro_batch=self._indices[forward],
+        self._recorder.end(
+            begun, f"unit {unit}" if unit >= 0 else "begin", unit=unit, micro_batch=self._indices[forward],
             rows=sum(each.length for each in forward.batch.slices), pass_index=self._recorder.pass_index, resumed=resumed, **modules,
         )  # fmt: skip
 
@@ -243,10 +243,10 @@ def run_pass(
             if forward.unit > front:
                 front = forward.unit
                 on_unit(front)
-            unit, start = forward.unit, 0 if record is None else record.now()
+            unit, begun = forward.unit, None if record is None else record.begin()
             forward.switch()
-            if record is not None:
-                record.computed(forward, unit, start, resumed=resumed)
+            if record is not None and begun is not None:
+                record.computed(forward, unit, begun, resumed=resumed)
             if forward.dead:
                 active.remove(forward)
             done = min((each.unit for each in active), default=num_units)

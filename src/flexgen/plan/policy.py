@@ -19,7 +19,7 @@ ATTENTION_BYTES, ATTENTION_COPIES = 64 * MIB, 10
 EXPERTS_BYTES = 256 * MIB  # temporary tensors of the products of experts on a device that are held at a time
 LEAST_KEPT = 64  # positions that a head keeps at least under sparse attention: four pages
 HOME_ALIGNMENT = 4096  # units in host memory beside a device take whole pages, from which the link copies them
-# Units that are open at a time and were decoded for that: on a CPU, and on a device, which decodes a unit only when it computes with it.
+# Units that are decoded at a time: on a CPU as many may be open, and a device decodes one again whose place another has taken.
 SCRATCH_UNITS, DEVICE_SCRATCH_UNITS = 3, 2
 PROMPTS_ON_THE_WAY = 2  # micro-batches of prompts whose keys and values of a layer are between the device and the host
 # Where next tokens attend on the device to KV in host memory: the micro-batches whose new keys and values of a layer may be on their way

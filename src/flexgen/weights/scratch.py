@@ -1,4 +1,4 @@
-"""Reused memory for decoding, a piece for each unit that is open."""
+"""Reused memory for decoding, a piece for each unit that is decoded."""
 
 from __future__ import annotations
 
@@ -6,30 +6,50 @@ from collections.abc import Callable
 
 import torch
 
+from flexgen.devices.base import POISON
+
 
 class ScratchPool:
-    """Reused memory for decoding, a piece for each unit that is open; newly allocated pages would cause page faults in every pass.
+    """Reused memory for decoding, a piece for each unit that is decoded; newly allocated pages would cause page faults in every pass.
 
     Args:
         size_bytes: The size of a piece.
         pieces: The most pieces that there may be.
         allocate: A function that returns uint8 memory of a given size where computing happens.
+        poison: Whether to overwrite pieces that are given back, so that a late use is noticed (for tests).
     """
 
-    def __init__(self, size_bytes: int, pieces: int, allocate: Callable[[int], torch.Tensor]) -> None:
-        self._size_bytes, self._pieces, self._allocate = size_bytes, pieces, allocate
+    def __init__(self, size_bytes: int, pieces: int, allocate: Callable[[int], torch.Tensor], *, poison: bool = False) -> None:
+        self._size_bytes, self._pieces, self._allocate, self._poison = size_bytes, pieces, allocate, poison
         self._free: list[torch.Tensor] = []
-        self._num_taken = 0
+        self._taken: dict[int, torch.Tensor] = {}  # by unit, those used last at the end
 
     @property
     def has_room(self) -> bool:
         """Whether one more unit may be decoded, by the memory that is accounted for."""
-        return self._num_taken < self._pieces
+        return len(self._taken) < self._pieces
 
-    def take(self) -> torch.Tensor:
-        self._num_taken += 1
-        return self._free.pop() if self._free else self._allocate(self._size_bytes)
+    def used(self, unit: int) -> bool:
+        """Return whether a unit has a piece, which counts as used now."""
+        piece = self._taken.pop(unit, None)
+        if piece is not None:
+            self._taken[unit] = piece
+        return piece is not None
 
-    def give_back(self, scratch: torch.Tensor) -> None:
-        self._num_taken -= 1
-        self._free.append(scratch)
+    def least_used(self) -> int:
+        """Return the unit whose piece has not been used for the longest time."""
+        return next(iter(self._taken))
+
+    def of(self, unit: int) -> torch.Tensor:
+        """Return the piece of a unit, which it is given now if it has none."""
+        if unit not in self._taken:
+            self._taken[unit] = self._free.pop() if self._free else self._allocate(self._size_bytes)
+        return self._taken[unit]
+
+    def give_back(self, unit: int) -> None:
+        """Take the piece of a unit back, if it has one."""
+        piece = self._taken.pop(unit, None)
+        if piece is not None:
+            if self._poison:
+                piece.fill_(POISON)
+            self._free.append(piece)

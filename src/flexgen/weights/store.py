@@ -17,7 +17,7 @@ import torch
 from flexgen.base.parallel import Parallel, serially
 from flexgen.base.quantities import align_up, format_size
 from flexgen.base.recorder import COMPUTE, Recorder, recorded
-from flexgen.devices.base import POISON, Device
+from flexgen.devices.base import Device
 from flexgen.io.aligned import AlignedBuffer, allocate_memory
 from flexgen.io.direct_io import FileSet
 from flexgen.io.pool import IOPool
@@ -72,13 +72,14 @@ class WeightStore:
     ) -> None:
         self._recorder = recorder
         self._layouts, self._homes, self._binder = layouts, homes, binder
-        self._io, self._files, self._backend, self._poison, self._parallel = io, files, backend, poison, parallel
+        self._io, self._files, self._backend, self._parallel = io, files, backend, parallel
         self._state, self._runs_ahead = LinkState(on_arrival), runs_ahead
         self._asked: int | None = None  # the unit that links which do not run ahead bring
         self._allocate = backend.allocate if backend is not None else allocate_memory
-        self._open: dict[int, tuple[Arrival, torch.Tensor | None]] = {}
+        self._open: dict[int, Arrival] = {}
+        self._undone = set[int]()  # open units whose decoded numbers have made room for those of another
         self._host_homes: dict[int, Arrival] = {}  # units in host memory that are not bound there
-        self._links = self._chain(host_ring_bytes, device_ring_bytes)
+        self._links = self._chain(host_ring_bytes, device_ring_bytes, poison=poison)
         streamed = {layout.index: layout for layout in self._at_home("disk", *(("host", "encoded") if backend is not None else ()))}
         if backend is None:
             streamed |= {layout.index: layout for layout in self._at_home("encoded") if not layout.plain}
@@ -87,7 +88,7 @@ class WeightStore:
         decoding = {index: size for index, layout in streamed.items() if (size := layout.to_decode_bytes(form))}
         self._decoded = frozenset(decoding)
         pieces = SCRATCH_UNITS if backend is None else DEVICE_SCRATCH_UNITS
-        self._scratch = ScratchPool(max(decoding.values(), default=0), pieces, self._allocate)
+        self._scratch = ScratchPool(max(decoding.values(), default=0), pieces, self._allocate, poison=poison)
         self._landing: torch.Tensor | None = None  # where units arrive that the device decodes once
         kernels = None if backend is None else grouped_kernels(backend.device)
         self._encoded = {index: found for index in decoding if (found := encoded_places(streamed[index], binder, kernels))}
@@ -95,10 +96,10 @@ class WeightStore:
     def _at_home(self, *homes: str) -> list[UnitLayout]:
         return [layout for layout, home in zip(self._layouts, self._homes, strict=True) if home in homes]
 
-    def _chain(self, host_ring_bytes: int, device_ring_bytes: int) -> list[Link]:
+    def _chain(self, host_ring_bytes: int, device_ring_bytes: int, *, poison: bool) -> list[Link]:
         """Return the links that units need, starting at the disk; the sweep takes units from the last one."""
         state, backend, links, disk = self._state, self._backend, list[Link](), None
-        how: dict[str, Any] = {"runs_ahead": self._runs_ahead, "poison": self._poison, "recorder": self._recorder}
+        how: dict[str, Any] = {"runs_ahead": self._runs_ahead, "poison": poison, "recorder": self._recorder}
         if from_disk := self._at_home("disk"):
             buffer = backend.allocate_host(host_ring_bytes) if backend is not None else AlignedBuffer(host_ring_bytes).tensor
             disk = DiskLink(from_disk, buffer[:host_ring_bytes], self._io, self._files, state, **how)
@@ -183,8 +184,8 @@ class WeightStore:
     def is_ready(self, unit: int) -> bool:
         """Return whether `unit` can be opened now without waiting (or is open); where links do not run ahead, they begin to bring it.
 
-        No more than SCRATCH_UNITS (or DEVICE_SCRATCH_UNITS) are open that were decoded for that.  The micro-batch at the lowest unit never
-        waits for another, because all lower units are released.
+        On a CPU no more than SCRATCH_UNITS are open that were decoded for that.  The micro-batch at the lowest unit never waits for
+        another, because all lower units are released.
         """
         if unit not in self._streamed or unit in self._open:
             return True
@@ -194,34 +195,38 @@ class WeightStore:
             for link in self._links:
                 link.ask(unit)
         arrived = self._stays_encoded(unit) or self._links[-1].is_ready(unit)
-        return arrived and (unit not in self._decoded or self._scratch.has_room)
+        return arrived and (self._backend is not None or unit not in self._decoded or self._scratch.has_room)
 
     def _stays_encoded(self, unit: int) -> bool:
         """Return whether a unit is opened from host memory, not from a link."""
         return self._backend is None and unit in self._host_homes
 
     def open(self, unit: int) -> None:
-        """Decode and bind a unit that is ready; idempotent while it is open.
+        """Decode and bind a unit that is ready, before anybody computes with it; idempotent while it is open.
+
+        A device decodes a unit again where others have taken the place of its numbers: micro-batches that wait for the host's attention are
+        behind, or ahead, by more units than there is room for, and decoding is fast.  It computes in the order of submission, so that
+        nobody uses numbers that have made room.
 
         Matrices of experts by which the device multiplies as they are stored are decoded when somebody asks for their numbers.
         """
-        if unit not in self._streamed or unit in self._open:
+        if unit not in self._streamed:
             return
-        arrival, self._asked = self._host_homes[unit] if self._stays_encoded(unit) else self._links[-1].take(unit), None
-        for event in arrival.events:
-            assert self._backend is not None
-            self._backend.await_in(event)
-        scratch = self._scratch.take() if unit in self._decoded else None
-        filled = 0
+        if unit not in self._open:
+            self._open[unit], self._asked = self._arrived(unit), None
+        elif unit not in self._undone:
+            self._scratch.used(unit)
+            return
+        arrival, filled = self._open[unit], 0
+        self._undone.discard(unit)
 
         def take(tensor: UnitTensor) -> torch.Tensor:
             nonlocal filled
-            assert scratch is not None
             position, filled = filled, filled + align_up(tensor.nbytes, DEVICE_ALIGNMENT)
-            return tensor.view(scratch, position)
+            return tensor.view(self._piece(unit), position)
 
         tensors, encoded = arrival.layout.tensors, self._encoded.get(unit, {})
-        recorder = self._recorder if scratch is not None else None
+        recorder = self._recorder if unit in self._decoded else None
         with recorded(recorder, COMPUTE, f"decode unit {unit}", modules=arrival.layout.name) as told:
             for tensor in tensors:
                 if (places := encoded.get((tensor.module, tensor.parameter))) is None:
@@ -231,9 +236,26 @@ class WeightStore:
                     matrices, decode = places.within(arrival.data, tensor.dtype), partial(self._decode_later, arrival, tensor, take)
                     self._binder.bind_encoded(unit, tensor.module, tensor.parameter, EncodedNumbers(matrices, decode))
             told["bytes"] = filled
-        if not encoded and not any(tensor.is_view(arrival.form) for tensor in tensors):  # nothing that is computed later refers to the slot
-            self._give_back(arrival)
-        self._open[unit] = arrival, scratch
+        if self._backend is None and not any(tensor.is_view(arrival.form) for tensor in tensors):
+            self._give_back(arrival)  # nothing that is computed later refers to the slot
+
+    def _arrived(self, unit: int) -> Arrival:
+        """Return a unit that is ready, for which computing waits."""
+        if self._stays_encoded(unit):
+            return self._host_homes[unit]
+        arrival = self._links[-1].take(unit)
+        for event in arrival.events:
+            assert self._backend is not None
+            self._backend.await_in(event)
+        return arrival
+
+    def _piece(self, unit: int) -> torch.Tensor:
+        """Return the memory into which a unit is decoded, for which another one may have to make room."""
+        if not self._scratch.used(unit) and not self._scratch.has_room:
+            undone = self._scratch.least_used()
+            self._scratch.give_back(undone)
+            self._undone.add(undone)
+        return self._scratch.of(unit)
 
     def _decode_later(self, arrival: Arrival, tensor: UnitTensor, take: Take) -> torch.Tensor:
         """Return the decoded tensor of a unit that is open."""
@@ -242,16 +264,13 @@ class WeightStore:
 
     def release(self, unit: int) -> None:
         """Unbind a streamed unit and give its memory back."""
-        opened = self._open.pop(unit, None)
-        if opened is None:
+        arrival = self._open.pop(unit, None)
+        if arrival is None:
             return
-        arrival, scratch = opened
         for tensor in arrival.layout.tensors:
             self._binder.unbind(unit, tensor.module, tensor.parameter)
-        if scratch is not None:
-            if self._poison:
-                scratch.fill_(POISON)
-            self._scratch.give_back(scratch)
+        self._undone.discard(unit)
+        self._scratch.give_back(unit)
         self._give_back(arrival)
 
     def _give_back(self, arrival: Arrival) -> None:

@@ -46,7 +46,7 @@ class PassWork:
             to where it lives on the host (weights read by a matrix product are part of its rate).
         gathered_bytes: The bytes that the host reads and writes to gather earlier keys and values for prompts on a device.
         decoded_bytes: The bytes that decode stages of the host yield.
-        device_decoded_bytes: The bytes that those of a device yield.
+        device_decoded_bytes: The bytes that those of a device yield, where a unit may be decoded several times in a pass.
         num_tokens: The tokens that are computed, prompts included.
         num_prompt_tokens: The number of those tokens that belong to prompts.
         num_sequences: The sequences whose last token so far is computed: next tokens, and prompts that end.
@@ -187,6 +187,7 @@ def price(load: PassLoad, spec: ModelSpec, policy: Policy, weights: PassWork) ->
     steps: dict[str, Any] = {f"{where}{kind}": 0 for where in ("", "host_") for kind in ("step_flops", "step_bytes", "sparse_step_bytes")}
     requests: Any = 0
     gathered: Any = 0
+    apart: Any = 0  # micro-batches that wait for the host's attention while others compute with later units
     if not policy.embedding_resident:
         rows = tokens * spec.embedding_row_bytes
         disk_read = disk_read + rows
@@ -204,6 +205,8 @@ def price(load: PassLoad, spec: ModelSpec, policy: Policy, weights: PassWork) ->
         steps[f"{where}sparse_step_bytes"] = steps[f"{where}sparse_step_bytes"] + sparsely
         if home == "device":
             continue
+        if not linked:
+            apart = apart - (-load.next_tokens[home] // policy.micro_batch_tokens)
         new_tokens = load.prompt_tokens[home] + load.next_tokens[home]
         written = new_tokens * spec.kv_bytes_per_token
         if has_device_tier(device) and home in load.earlier_tokens:
@@ -231,7 +234,7 @@ def price(load: PassLoad, spec: ModelSpec, policy: Policy, weights: PassWork) ->
             # Each sequence's keys and values are read in one piece each, or in one; a next token fills a page once in page_tokens.
             pieces = load.num_prompts[home] + load.next_tokens[home] * (1 + 1 / policy.page_tokens)
             requests = requests + sum(group.num_layers * (1 if group.slot_bytes_per_token else 2) for group in groups) * pieces
-    in_int8 = spec.int8_flops_per_token
+    in_int8, number = spec.int8_flops_per_token, _num_micro_batches(load, spec, policy)
     return PassWork(
         disk_read_bytes=disk_read,
         disk_write_bytes=disk_write,
@@ -243,13 +246,13 @@ def price(load: PassLoad, spec: ModelSpec, policy: Policy, weights: PassWork) ->
         host_memory_bytes=memory,
         gathered_bytes=gathered,
         decoded_bytes=weights.decoded_bytes,
-        device_decoded_bytes=weights.device_decoded_bytes,
+        device_decoded_bytes=weights.device_decoded_bytes * np.maximum(apart + (number > apart), 1),  # by each of these anew
         num_tokens=tokens,
         num_prompt_tokens=prompt_tokens,
         num_sequences=sum(load.num_prompts.values()) + next_tokens,
         num_sampled=load.num_sampled,
         num_scored=load.num_scored,
-        num_micro_batches=_num_micro_batches(load, spec, policy),
+        num_micro_batches=number,
         num_streamed_units=weights.num_streamed_units,
         num_disk_requests=requests,
         **steps,
