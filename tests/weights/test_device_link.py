@@ -86,6 +86,16 @@ def test_the_ring_of_the_disk_is_used_again_when_a_copy_has_ended(written: Writt
         assert first.released
 
 
+def test_a_unit_follows_one_from_disk_before_that_has_arrived(written: Written, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = Gate(monkeypatch)
+    with Opened(written, ["disk"] + ["host"] * (NUM_UNITS - 1), True) as opened:
+        assert gate.reached.wait(20)
+        disk, link = opened.store._links
+        assert not disk.ring._slots[0].released
+        assert [each.layout.index for each in link._arrivals] == [0, 1]
+        gate.opened.set()
+
+
 @pytest.mark.parametrize("home", ["host", "disk"])
 def test_closing_while_the_link_waits_for_a_chunk(written: Written, monkeypatch: pytest.MonkeyPatch, small_chunks: None, home: str) -> None:
     gate = Gate(monkeypatch)

@@ -59,6 +59,11 @@ class LinkState:
         if self._failure is not None:
             raise self._failure
 
+    def now(self, found: Callable[[], T | None]) -> T | None:
+        """Return what `found` returns; None when the store is closing."""
+        with self.condition:
+            return None if self.closing else found()
+
     def until(self, found: Callable[[], T | None]) -> T | None:
         """Wait until `found` returns a true value, and return that; return None when the store is closing."""
         with self.condition:
@@ -106,8 +111,14 @@ class Link:
 
     def _claim(self, size_bytes: int) -> tuple[Slot, torch.Tensor] | None:
         """Wait for a slot and return it with its memory; return None when the store is closing."""
-        slot = self._state.until(lambda: self._take_slot(size_bytes))
+        slot = self._state.now(lambda: self._take_slot(size_bytes))
+        if slot is None:
+            self._let_leave()
+            slot = self._state.until(lambda: self._take_slot(size_bytes))
         return None if slot is None else (slot, self._buffer[slot.offset : slot.offset + slot.size])
+
+    def _let_leave(self) -> None:
+        """Free what can be freed, before waiting for others to free something."""
 
     def ask(self, unit: int) -> None:
         """Allow a link that does not run ahead to bring `unit`, which is the next one, if it is one of its units."""
@@ -198,7 +209,8 @@ class DeviceLink(Link):
     """A link from host memory onto a device, one unit at a time.
 
     A unit has arrived when its copy is submitted, since computing waits for the copy's event.  The thread sleeps while that takes longer
-    than few chunks (devices/chunks.py), so no unit arrives long before its bytes.
+    than few chunks (devices/chunks.py), so no unit arrives long before its bytes.  Its memory in the disk's ring is free when the last
+    chunk has left it; the next unit follows at once, unless there is none yet.
 
     Args:
         host_homes: The units that stay in host memory, by index, as they cross the link or as stored.
@@ -217,6 +229,8 @@ class DeviceLink(Link):
         self._marker: Event | None = None  # a marker of the computing submitted before a slot was last given back
         largest = max((layout.carried_bytes for layout in decoding), default=0)
         self._decoded = backend.allocate_host(largest) if largest else torch.empty(0, dtype=torch.uint8)
+        self._decoding = frozenset(layout.index for layout in decoding)
+        self._leaving: tuple[Arrival, Sequence[Event]] | None = None  # what is copied from the disk's ring, or was decoded for the copy
 
     def _bring(self, layout: UnitLayout) -> bool:
         claimed = self._claim(layout.carried_bytes)
@@ -225,20 +239,33 @@ class DeviceLink(Link):
             return False
         slot, data = claimed
         size, name = layout.carried_bytes, f"unit {layout.index}"
+        if layout.index in self._decoding:
+            self._let_leave()
         with recorded(self._recorder, WEIGHTS_TO_DEVICE, name, bytes=size, modules=layout.name):
             events = copy_in(unit, data, self._decoded, self._backend, self._marker, self._parallel, self._recorder)
         self._append(Arrival(layout=layout, data=data, form=UnitForm.CARRIED, slot=slot, events=events))
+        self._let_leave()
         if unit.form is UnitForm.STORED:  # other units use the memory that it comes from, or was decoded into
-            for event in events:
-                event.wait()
+            self._leaving = unit, events
+        return True
+
+    def _let_leave(self) -> None:
+        """Wait until a unit has left the memory that others use, which is long over where another one has been submitted since."""
+        if self._leaving is None:
+            return
+        unit, events = self._leaving
+        self._leaving = None
+        for event in events:
+            event.wait()
         if self._disk is not None:
             self._disk.give_back(unit)
-        return True
 
     def _from_disk(self, unit: int) -> Arrival | None:
         """Wait until a unit has been read and return it; return None when the store is closing."""
         disk = self._disk
         assert disk is not None
+        if not disk.is_ready(unit):
+            self._let_leave()
         return disk.take(unit) if self._state.until(lambda: disk.is_ready(unit)) else None
 
     def _released(self) -> None:
