@@ -32,7 +32,7 @@ from flexgen.kernels.reference import AttentionKernels
 from flexgen.kv.format import KVFormat
 from flexgen.kv.low_bit import LowBitKV, kv_format
 from flexgen.options import KV_FORMATS
-from flexgen.passes.calls import AttentionCall, LatentProjection
+from flexgen.passes.calls import AttentionCall, FixedProjection
 from flexgen.passes.geometry import KVGeometry
 from flexgen.plan.policy import kept_positions
 from flexgen.profile.low_bit import low_bit_steps
@@ -116,7 +116,7 @@ def latent_steps(kernels: AttentionKernels, name: str, heads: int, max_bytes: in
     query = torch.empty(sequences, heads, RANK + ROPE, dtype=dtype).uniform_(-1, 1)
     out, steps = torch.empty(sequences, heads, RANK, dtype=dtype), seen_steps(HOST, sequences, tokens)
     call = AttentionCall(
-        layer=0, query=query, key=query, value=query, scaling=HEAD_DIM**-0.5, latent=LatentProjection(key_up=query, value_up=query)
+        layer=0, query=query, key=query, value=query, scaling=HEAD_DIM**-0.5, latent=FixedProjection(key_up=query, value_up=query)
     )
 
     def run() -> None:

@@ -6,7 +6,7 @@ Weights stream in small units or stay in memory, and are decoded on the host or 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
+from flexgen.engine import sweep
+from flexgen.engine.sweep import MicroBatchForward
 from flexgen.plan.policy import Fractions
+from flexgen.weights.scratch import ScratchPool
+from flexgen.weights.store import WeightStore
 from tests.formats.encoded import Stored, Write, bitsandbytes, fp8, is_linear, mxfp4, nvfp4, with_quantization, write_model
 from tests.models.parity import Answers, answered, assert_equal, build, describe, expected, policy, requests_for, save
 from tests.models.tiny_configs import tiny_config
@@ -63,7 +67,16 @@ CASES: dict[str, tuple[str, dict[str, object], dict[str, Any], Write, Chosen]] =
 PLACES = {
     "cpu": ("cpu", Fractions(host=0.2, encoded=0.3, disk=0.5), Fractions(host=1.0)),
     "sim": ("sim", Fractions(device=0.2, host=0.3, disk=0.5), Fractions(device=1.0)),
+    "far apart": ("sim", Fractions(host=0.5, disk=0.5), Fractions(host=1.0)),
 }
+RING_UNITS = {"cpu": 2, "sim": 2, "far apart": 12}
+
+
+def frontmost(active: Sequence[MicroBatchForward], weights: WeightStore) -> MicroBatchForward | None:
+    """The runnable micro-batch at the highest unit, so that each goes as far ahead of the others as the ring allows."""
+    return max((each for each in active if each.runnable(weights)), key=lambda each: each.unit, default=None)
+
+
 WITH_TRANSFORMERS = ("gpt_oss in MXFP4", "deepseek_v3 in FP8")
 
 
@@ -82,12 +95,17 @@ def test_same_answers_as_with_decoded_weights(case: str, tmp_path: Path, monkeyp
         encoded = sum(tensor.source.carried_as_stored for layout in model.layouts for tensor in layout.tensors)
         assert (encoded > 0) == (folder == "encoded")
         device, weights, kv = PLACES[place]
-        ring = 2 * max(max(layout.stored_bytes, layout.decoded_bytes) for layout in model.layouts)
+        if place == "far apart":
+            monkeypatch.setattr(sweep, "_next_runnable", frontmost)
+        ring = RING_UNITS[place] * max(max(layout.stored_bytes, layout.decoded_bytes) for layout in model.layouts)
         return answered(model, policy(device, weights=weights, kv=kv, ring_bytes=ring), requests, monkeypatch, tmp_path)
 
     dense = run("dense", "cpu")
+    made_room, really = list[int](), ScratchPool.least_used
+    monkeypatch.setattr(ScratchPool, "least_used", lambda pool: made_room.append(1) or really(pool))
     for place in PLACES if case in WITH_TRANSFORMERS else list(PLACES)[list(CASES).index(case) % 2 :][:1]:
         got = run("encoded", place)
+        assert bool(made_room) == (place == "far apart")
         assert got.tokens == dense.tokens
         for index, logits in dense.logits.items():
             torch.testing.assert_close(got.logits[index], logits, rtol=1e-4, atol=1e-4)

@@ -22,7 +22,7 @@ from flexgen.kv.low_bit import LowBitPages, kv_format
 from flexgen.kv.pages import KVGroup, PagePool, group_layers, on_disk
 from flexgen.kv.slots import StagedPage
 from flexgen.kv.spill import DiskPool, StagedLayer
-from flexgen.passes.calls import AttentionCall, LatentProjection
+from flexgen.passes.calls import AttentionCall, FixedProjection
 from flexgen.passes.geometry import KVGeometry, LayerKV
 from tests.kv.test_low_bit import LOW_BIT, conversation_in, low_bit
 from tests.kv.test_places import KV, PAGE_TOKENS, PLACES, converse, poisoned
@@ -81,7 +81,7 @@ def attended(kernels: AttentionKernels, pages: LowBitPages, table: Sequence[int]
     query_dim = geometry.key_dim + (geometry.value_dim if geometry.latent else 0)
     query = noise(5, 1, heads, query_dim, dtype=dtype)
     out = torch.full((1, heads, geometry.key_dim if geometry.latent else geometry.value_dim), math.nan, dtype=dtype)
-    latent = LatentProjection(key_up=query, value_up=query) if geometry.latent else None
+    latent = FixedProjection(key_up=query, value_up=query) if geometry.latent else None
     call = AttentionCall(layer=0, query=query, key=query, value=query, scaling=0.2, latent=latent)
     tables, zero = torch.tensor([[*table, -1]]), torch.zeros(1, dtype=torch.int64)
     pages.decode(kernels, call, query, Steps(tables=tables, starts=zero, lengths=zero + 40, tails=zero), out)

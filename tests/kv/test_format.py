@@ -18,7 +18,7 @@ from flexgen.kernels.reference import AttentionKernels
 from flexgen.kv.format import KVFormat, KVPages, PlainKV, Steps
 from flexgen.kv.pages import group_layers
 from flexgen.models.assemble import assemble_model
-from flexgen.passes.calls import AttentionCall, LatentProjection
+from flexgen.passes.calls import AttentionCall, FixedProjection
 from flexgen.passes.geometry import KVGeometry
 from flexgen.plan.policy import Fractions
 from tests.kv.test_places import KV, PAGE_TOKENS, PLACES, converse
@@ -98,7 +98,7 @@ def test_pages_without_a_kernel_decode_as_those_with_one(latent: bool) -> None:
     kv_format = PlainKV(torch.float32)
     memory = (torch.zeros(3, 4 * size, dtype=torch.uint8) for size in (kv_format.key_bytes(geometry), kv_format.value_bytes(geometry)))
     pages = kv_format.pages(*memory, geometry, 4)
-    projection = LatentProjection(key_up=torch.empty(4, 2, dim), value_up=torch.empty(4, value_dim, dim)) if latent else None
+    projection = FixedProjection(key_up=torch.empty(4, 2, dim), value_up=torch.empty(4, value_dim, dim)) if latent else None
     query = torch.randn(2, 4, dim + value_dim if latent else dim)
     empty = torch.empty(0)
     call = AttentionCall(layer=0, query=empty, key=empty, value=empty, scaling=0.3, latent=projection)

@@ -39,7 +39,7 @@ from flexgen.kv.place import Answer, DeferredAttention, Pending, View
 from flexgen.kv.plan import KVPlan
 from flexgen.kv.spill import DiskPool
 from flexgen.kv.tiers import Traits, traits_of
-from flexgen.passes.calls import AttentionCall, LatentProjection
+from flexgen.passes.calls import AttentionCall, FixedProjection, LatentProjection
 from flexgen.passes.geometry import KVGeometry, LayerKV
 from flexgen.passes.plan import Slice
 from flexgen.plan.policy import Fractions
@@ -82,7 +82,7 @@ LAYERS = [
     Layer(window=7, softcap=2.0),
     Layer(chunk=6),
     Layer(kv_heads=1, sinks=noise(HEADS)),
-    Layer(latent=LatentProjection(key_up=noise(HEADS, NOPE, RANK), value_up=noise(HEADS, DIM, RANK))),
+    Layer(latent=FixedProjection(key_up=noise(HEADS, NOPE, RANK), value_up=noise(HEADS, DIM, RANK))),
     Layer(window=1),
     Layer(),
 ]
@@ -209,7 +209,7 @@ def attend(view: View, index: int, batch: list[Piece], device: torch.device) -> 
     new = packed(lambda each: each.cached[index][0]), packed(lambda each: each.cached[index][1])
     layer = LAYERS[index]
     sinks = sinks_of(index, device)
-    latent = layer.latent and LatentProjection(key_up=layer.latent.key_up.to(device), value_up=layer.latent.value_up.to(device))
+    latent = layer.latent and FixedProjection(key_up=layer.latent.key_up.to(device), value_up=layer.latent.value_up.to(device))
     call = AttentionCall(
         layer=index, query=packed(lambda each: each.query[index]), key=packed(lambda each: each.key[index]),
         value=packed(lambda each: each.value[index]), new=new, scaling=SCALING, softcap=layer.softcap, sinks=sinks,

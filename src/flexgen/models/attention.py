@@ -7,6 +7,7 @@ It knows no pages and no tiers: the coroutine in which it runs computes the atte
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -122,10 +123,34 @@ def _latent_projection(module: Any, update: CacheUpdate) -> LatentProjection | N
     projection = getattr(module, "kv_b_proj", None)
     if projection is None or update.key is None or update.key.shape[1] != 1 or update.key.shape[3] != projection.in_features:
         return None
-    weight = projection.weight  # (heads * (nope + value), rank)
-    nope, value_dim = module.qk_nope_head_dim, module.v_head_dim
-    per_head = weight.view(-1, nope + value_dim, weight.shape[-1])
-    return LatentProjection(key_up=per_head[:, :nope], value_up=per_head[:, nope:])
+    return _BoundProjection(projection=projection, nope_dim=module.qk_nope_head_dim, value_dim=module.v_head_dim)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _BoundProjection:
+    """The projection of a module, by the weights that are bound when it is used: they may be others when attention has been waited for.
+
+    Attributes:
+        projection: The linear layer, whose weight is (heads * (nope_dim + value_dim), rank).
+        nope_dim: The rows of a head that make the part of its keys without a position.
+        value_dim: The rows that make its values.
+    """
+
+    projection: Any
+    nope_dim: int
+    value_dim: int
+
+    @property
+    def key_up(self) -> torch.Tensor:
+        return self._per_head()[:, : self.nope_dim]
+
+    @property
+    def value_up(self) -> torch.Tensor:
+        return self._per_head()[:, self.nope_dim :]
+
+    def _per_head(self) -> torch.Tensor:
+        weight: torch.Tensor = self.projection.weight
+        return weight.view(-1, self.nope_dim + self.value_dim, weight.shape[-1])
 
 
 class PassCache(Cache):

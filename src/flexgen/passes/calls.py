@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 
@@ -12,14 +13,23 @@ from flexgen.passes.geometry import KVGeometry
 KeyValue = tuple[torch.Tensor, torch.Tensor]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LatentProjection:
+class LatentProjection(Protocol):
     """The relation of cached latents to keys and values in multi-head latent attention.
 
     Attributes:
         key_up: The projection from a latent to the part of each key without a position, (heads, nope_dim, rank).
         value_up: The projection from a latent to each value, (heads, value_dim, rank).
     """
+
+    @property
+    def key_up(self) -> torch.Tensor: ...
+    @property
+    def value_up(self) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FixedProjection:
+    """A projection by tensors that stay where they are."""
 
     key_up: torch.Tensor
     value_up: torch.Tensor
@@ -85,7 +95,7 @@ def without_memory(call: AttentionCall, new: KeyValue, tokens: int) -> Attention
     def alike(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.new_empty(tensor.shape, device="meta")
 
-    latent = call.latent and LatentProjection(key_up=alike(call.latent.key_up), value_up=alike(call.latent.value_up))
+    latent = call.latent and FixedProjection(key_up=alike(call.latent.key_up), value_up=alike(call.latent.value_up))
     return replace(
         call, query=of_tokens(call.query), key=of_tokens(call.key), value=of_tokens(call.value), new=(of_tokens(new[0]), of_tokens(new[1])),
         sinks=None if call.sinks is None else alike(call.sinks), latent=latent,

@@ -16,20 +16,18 @@ import torch
 
 from flexgen.base.parallel import Parallel, serially
 from flexgen.base.quantities import align_up, format_size
-from flexgen.base.recorder import COMPUTE, Recorder, recorded
+from flexgen.base.recorder import Recorder
 from flexgen.devices.base import Device
 from flexgen.io.aligned import AlignedBuffer, allocate_memory
 from flexgen.io.direct_io import FileSet
 from flexgen.io.pool import IOPool
-from flexgen.kernels.experts import grouped_kernels
-from flexgen.plan.policy import DEVICE_SCRATCH_UNITS, HOME_ALIGNMENT, SCRATCH_UNITS
+from flexgen.plan.policy import HOME_ALIGNMENT
 from flexgen.weights.arrival import Arrival, copy_in, read_unit
-from flexgen.weights.binder import Binder, encoded_places
-from flexgen.weights.encoded import EncodedNumbers
+from flexgen.weights.binder import Binder
 from flexgen.weights.homes import allocate_homes
 from flexgen.weights.link import DeviceLink, DiskLink, Link, LinkState
-from flexgen.weights.scratch import ScratchPool
-from flexgen.weights.unit import DEVICE_ALIGNMENT, Take, UnitForm, UnitLayout, UnitTensor
+from flexgen.weights.opened import OpenUnits
+from flexgen.weights.unit import UnitForm, UnitLayout, UnitTensor
 
 Bind = Callable[[str, str, torch.Tensor], None]  # (module, parameter, tensor)
 
@@ -76,22 +74,14 @@ class WeightStore:
         self._state, self._runs_ahead = LinkState(on_arrival), runs_ahead
         self._asked: int | None = None  # the unit that links which do not run ahead bring
         self._allocate = backend.allocate if backend is not None else allocate_memory
-        self._open: dict[int, Arrival] = {}
-        self._undone = set[int]()  # open units whose decoded numbers have made room for those of another
         self._host_homes: dict[int, Arrival] = {}  # units in host memory that are not bound there
         self._links = self._chain(host_ring_bytes, device_ring_bytes, poison=poison)
         streamed = {layout.index: layout for layout in self._at_home("disk", *(("host", "encoded") if backend is not None else ()))}
         if backend is None:
             streamed |= {layout.index: layout for layout in self._at_home("encoded") if not layout.plain}
         self._streamed = frozenset(streamed)
-        form = UnitForm.STORED if backend is None else UnitForm.CARRIED
-        decoding = {index: size for index, layout in streamed.items() if (size := layout.to_decode_bytes(form))}
-        self._decoded = frozenset(decoding)
-        pieces = SCRATCH_UNITS if backend is None else DEVICE_SCRATCH_UNITS
-        self._scratch = ScratchPool(max(decoding.values(), default=0), pieces, self._allocate, poison=poison)
+        self._open = OpenUnits(streamed, binder, backend, parallel, poison=poison, recorder=recorder)
         self._landing: torch.Tensor | None = None  # where units arrive that the device decodes once
-        kernels = None if backend is None else grouped_kernels(backend.device)
-        self._encoded = {index: found for index in decoding if (found := encoded_places(streamed[index], binder, kernels))}
 
     def _at_home(self, *homes: str) -> list[UnitLayout]:
         return [layout for layout, home in zip(self._layouts, self._homes, strict=True) if home in homes]
@@ -195,49 +185,20 @@ class WeightStore:
             for link in self._links:
                 link.ask(unit)
         arrived = self._stays_encoded(unit) or self._links[-1].is_ready(unit)
-        return arrived and (self._backend is not None or unit not in self._decoded or self._scratch.has_room)
+        return arrived and self._open.has_room(unit)
 
     def _stays_encoded(self, unit: int) -> bool:
         """Return whether a unit is opened from host memory, not from a link."""
         return self._backend is None and unit in self._host_homes
 
     def open(self, unit: int) -> None:
-        """Decode and bind a unit that is ready, before anybody computes with it; idempotent while it is open.
-
-        A device decodes a unit again where others have taken the place of its numbers: micro-batches that wait for the host's attention are
-        behind, or ahead, by more units than there is room for, and decoding is fast.  It computes in the order of submission, so that
-        nobody uses numbers that have made room.
-
-        Matrices of experts by which the device multiplies as they are stored are decoded when somebody asks for their numbers.
-        """
-        if unit not in self._streamed:
-            return
-        if unit not in self._open:
-            self._open[unit], self._asked = self._arrived(unit), None
-        elif unit not in self._undone:
-            self._scratch.used(unit)
-            return
-        arrival, filled = self._open[unit], 0
-        self._undone.discard(unit)
-
-        def take(tensor: UnitTensor) -> torch.Tensor:
-            nonlocal filled
-            position, filled = filled, filled + align_up(tensor.nbytes, DEVICE_ALIGNMENT)
-            return tensor.view(self._piece(unit), position)
-
-        tensors, encoded = arrival.layout.tensors, self._encoded.get(unit, {})
-        recorder = self._recorder if unit in self._decoded else None
-        with recorded(recorder, COMPUTE, f"decode unit {unit}", modules=arrival.layout.name) as told:
-            for tensor in tensors:
-                if (places := encoded.get((tensor.module, tensor.parameter))) is None:
-                    numbers = tensor.numbers(arrival.data, arrival.form, take, self._parallel)
-                    self._binder.bind(unit, tensor.module, tensor.parameter, numbers)
-                else:
-                    matrices, decode = places.within(arrival.data, tensor.dtype), partial(self._decode_later, arrival, tensor, take)
-                    self._binder.bind_encoded(unit, tensor.module, tensor.parameter, EncodedNumbers(matrices, decode))
-            told["bytes"] = filled
-        if self._backend is None and not any(tensor.is_view(arrival.form) for tensor in tensors):
-            self._give_back(arrival)  # nothing that is computed later refers to the slot
+        """Decode and bind a unit that is ready or open: before each time that a micro-batch computes with it."""
+        if unit in self._open:
+            self._open.use(unit)
+        elif unit in self._streamed:
+            arrival, self._asked = self._arrived(unit), None
+            if self._open.open(arrival):
+                self._give_back(arrival)
 
     def _arrived(self, unit: int) -> Arrival:
         """Return a unit that is ready, for which computing waits."""
@@ -249,29 +210,10 @@ class WeightStore:
             self._backend.await_in(event)
         return arrival
 
-    def _piece(self, unit: int) -> torch.Tensor:
-        """Return the memory into which a unit is decoded, for which another one may have to make room."""
-        if not self._scratch.used(unit) and not self._scratch.has_room:
-            undone = self._scratch.least_used()
-            self._scratch.give_back(undone)
-            self._undone.add(undone)
-        return self._scratch.of(unit)
-
-    def _decode_later(self, arrival: Arrival, tensor: UnitTensor, take: Take) -> torch.Tensor:
-        """Return the decoded tensor of a unit that is open."""
-        with recorded(self._recorder, COMPUTE, f"decode unit {arrival.layout.index}", bytes=tensor.nbytes, modules=tensor.module):
-            return tensor.numbers(arrival.data, arrival.form, take, self._parallel)
-
     def release(self, unit: int) -> None:
         """Unbind a streamed unit and give its memory back."""
-        arrival = self._open.pop(unit, None)
-        if arrival is None:
-            return
-        for tensor in arrival.layout.tensors:
-            self._binder.unbind(unit, tensor.module, tensor.parameter)
-        self._undone.discard(unit)
-        self._scratch.give_back(unit)
-        self._give_back(arrival)
+        if (arrival := self._open.close(unit)) is not None:
+            self._give_back(arrival)
 
     def _give_back(self, arrival: Arrival) -> None:
         if arrival.slot is not None:
