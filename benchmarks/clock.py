@@ -143,7 +143,8 @@ def table(rows: list[dict[str, Any]]) -> str:
             lines.append(
                 f"| {model}, {box}, {passes} passes | {ablation.what} | {sum(row['pass_seconds']) / passes:.2f} s | "
                 f"{row['output_tokens_per_s']:.1f} | {row['output_tokens_per_s'] / row['expected_tokens_per_s']:.2f} | "
-                f"{row['overlap']:.2f} | {busiest} {busy[busiest]:.2f} | {busy['host_to_device']:.2f} | {'' if name == 'all' else f'{loss:.1%}'} |"
+                f"{row['overlap']:.2f} | {busiest} {busy[busiest]:.2f} | {busy['host_to_device']:.2f} | "
+                f"{'' if name == 'all' else f'{loss:.1%}'} |"
             )
     return "\n".join(lines)
 
