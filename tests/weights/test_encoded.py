@@ -159,24 +159,34 @@ def test_what_the_model_does_not_take_is_decoded_at_once(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("takes", [False, True])
-def test_units_that_are_far_apart_are_decoded_again_in_the_memory_of_others(tmp_path: Path, takes: bool) -> None:
-    """One micro-batch waits in the first unit while others go on, and then passes them by."""
+def test_units_make_room_for_those_that_are_used_sooner(tmp_path: Path, takes: bool) -> None:
+    """A micro-batch waits for attention in the first unit while two others go on, and then comes after them."""
+    opened = Opened(tmp_path, takes=takes, ring_units=4)
 
-    def computes(unit: int) -> None:
+    def computes(unit: int, in_use: set[int], decoded: int) -> None:
+        """A micro-batch computes with a unit; so many have been decoded then."""
+        opened.store.in_use(in_use)
         bound = opened.open(unit)
         numbers = bound if isinstance(bound, Tensor) else bound.decoded()
         assert torch.equal(numbers.cpu(), opened.numbers)
+        assert opened.format.count == decoded
 
-    opened = Opened(tmp_path, takes=takes, ring_units=4)
-    for unit in (0, 1, 1, 2, 1, 3, 3):
-        computes(unit)
-    assert opened.format.count == 4, "two have room"
-    for unit in range(4):
-        computes(unit)
-        if unit:
-            opened.store.release(unit - 1)
-    assert opened.format.count == 8
-    opened.store.release(3)
+    computes(0, {0}, 1)
+    computes(1, {1}, 2)
+    computes(1, {1}, 2)
+    computes(2, {1, 2}, 3)  # the first unit makes room
+    opened.store.in_use({1, 3})
+    assert not opened.arrives(3, seconds=0.2), "one that is behind will use the others"
+    computes(3, {2, 3}, 4)
+    computes(0, {0, 2, 3}, 5)  # the attention is there: the lowest goes on, and the highest makes room
+    assert not opened.store.is_ready(3), "the others are in use"
+    computes(1, {1, 2, 3}, 6)
+    opened.store.release(0)
+    computes(2, {2, 3}, 6)
+    opened.store.release(1)
+    computes(3, {2, 3}, 7)
+    for unit in (2, 3):
+        opened.store.release(unit)
     assert not opened.model.bound
     assert opened.backend.used_bytes <= 4 * opened.unit.carried_bytes + DEVICE_SCRATCH_UNITS * opened.unit.decoded_bytes
     opened.close()

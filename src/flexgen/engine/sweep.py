@@ -21,7 +21,7 @@ from flexgen.devices.staging import HostCopies
 from flexgen.engine.boundary import Boundary
 from flexgen.engine.inputs import BatchInputs, batch_inputs
 from flexgen.errors import EngineError
-from flexgen.kv.place import Pending, View
+from flexgen.kv.place import Pending, PendingAttention, View
 from flexgen.models.attention import PassCache
 from flexgen.models.coroutine import ForwardCoroutine
 from flexgen.models.scoring import Scorer, Scores
@@ -141,6 +141,11 @@ class MicroBatchForward(ForwardCoroutine):
             self._boundary.put(self._index, here if copies.event is None else here.clone())  # the memory of a copy is lent
 
     @property
+    def is_away(self) -> bool:
+        """Whether another thread attends for it."""
+        return isinstance(self.pending, PendingAttention) and not self.pending.done()
+
+    @property
     def waits_for_input(self) -> bool:
         """Whether it cannot begin because its hidden states have not arrived."""
         return self.unit < 0 and self._boundary is not None and self._boundary.receives and not self._boundary.arrived(self._index)
@@ -231,6 +236,7 @@ def run_pass(
     try:
         while active:
             arrived.clear()  # before checking: an arrival in the meantime sets it again
+            weights.in_use({each.unit for each in active if not each.is_away})
             forward = _next_runnable(active, weights)
             if forward is None:
                 _wait(active, weights, arrived, waits, record, now)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
 
 import torch
@@ -26,9 +26,10 @@ class OpenUnits:
 
     On a CPU a unit is decoded once, and has memory for that until it is closed.
 
-    A device decodes a unit again where others have taken the place of its numbers: micro-batches that wait for the host's attention are
+    A device decodes a unit again where others have taken the place of its numbers: micro-batches that wait for the host's attention get
     behind, or ahead, by more units than there is room for, and decoding is fast.  It computes in the order of submission, so that nobody
-    uses numbers that have made room.
+    uses numbers that have made room.  All other micro-batches stay together, within the units that have room, and use what was decoded
+    for the first of them.
 
     Args:
         layouts: The units that stream, by index.
@@ -53,14 +54,27 @@ class OpenUnits:
         kernels = None if backend is None else grouped_kernels(backend.device)
         self._encoded = {index: found for index in decoding if (found := encoded_places(layouts[index], binder, kernels))}
         self._arrivals: dict[int, Arrival] = {}
+        self._in_use: Collection[int] = ()
         self._undone = set[int]()  # those whose numbers have made room for those of another
 
     def __contains__(self, unit: int) -> bool:
         return unit in self._arrivals
 
+    def in_use(self, units: Collection[int]) -> None:
+        """Tell at which units there are micro-batches that do not wait for the host's attention."""
+        self._in_use = units
+
     def has_room(self, unit: int) -> bool:
-        """Return whether one more unit can be opened."""
-        return self._on_device or unit not in self._decoded or self._scratch.has_room
+        """Return whether a unit has memory to be decoded into, or can be given some.  The lowest one in use always can, on a device."""
+        if unit not in self._decoded or unit in self._scratch.units or self._scratch.has_room:
+            return True
+        return self._on_device and (self._may_make_room(unit) is not None or unit <= min(self._in_use, default=unit))
+
+    def _may_make_room(self, unit: int) -> int | None:
+        """Return a unit whose numbers nobody will use soon: not before those of `unit`, if that is one of the units that are in use."""
+        lowest = min(self._in_use, default=unit)
+        idle = [other for other in self._scratch.units if other not in self._in_use and not lowest <= other < unit]
+        return max(idle, key=lambda other: (other < lowest, other), default=None)
 
     def use(self, unit: int) -> None:
         """Prepare to compute with a unit that is open."""
@@ -112,7 +126,8 @@ class OpenUnits:
     def _piece(self, unit: int) -> torch.Tensor:
         """Return the memory into which a unit is decoded, for which another one may have to make room."""
         if not self._scratch.used(unit) and not self._scratch.has_room:
-            undone = self._scratch.least_used()
+            idle = self._may_make_room(unit)
+            undone = max(self._scratch.units) if idle is None else idle
             self._scratch.give_back(undone)
             self._undone.add(undone)
         return self._scratch.of(unit)

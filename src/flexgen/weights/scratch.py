@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 
@@ -36,9 +36,10 @@ class ScratchPool:
             self._taken[unit] = piece
         return piece is not None
 
-    def least_used(self) -> int:
-        """Return the unit whose piece has not been used for the longest time."""
-        return next(iter(self._taken))
+    @property
+    def units(self) -> Collection[int]:
+        """The units that have a piece, those used last at the end."""
+        return self._taken.keys()
 
     def of(self, unit: int) -> torch.Tensor:
         """Return the piece of a unit, which it is given now if it has none."""

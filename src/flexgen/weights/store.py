@@ -8,7 +8,7 @@ binds.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any
 
@@ -174,11 +174,13 @@ class WeightStore:
     def is_ready(self, unit: int) -> bool:
         """Return whether `unit` can be opened now without waiting (or is open); where links do not run ahead, they begin to bring it.
 
-        On a CPU no more than SCRATCH_UNITS are open that were decoded for that.  The micro-batch at the lowest unit never waits for
-        another, because all lower units are released.
+        No more than SCRATCH_UNITS (or DEVICE_SCRATCH_UNITS) are decoded at a time.  The micro-batch at the lowest unit never waits for
+        another: on a CPU because all lower units are released, and on a device because others make room.
         """
-        if unit not in self._streamed or unit in self._open:
+        if unit not in self._streamed:
             return True
+        if unit in self._open:
+            return self._open.has_room(unit)
         self._state.check()
         if not self._runs_ahead and unit != self._asked:
             self._asked = unit
@@ -186,6 +188,10 @@ class WeightStore:
                 link.ask(unit)
         arrived = self._stays_encoded(unit) or self._links[-1].is_ready(unit)
         return arrived and self._open.has_room(unit)
+
+    def in_use(self, units: Collection[int]) -> None:
+        """Tell at which units there are micro-batches that do not wait for the host's attention; see `OpenUnits`."""
+        self._open.in_use(units)
 
     def _stays_encoded(self, unit: int) -> bool:
         """Return whether a unit is opened from host memory, not from a link."""
