@@ -91,7 +91,7 @@ def use_triton(monkeypatch: pytest.MonkeyPatch) -> None:
         return SimAttention() if device.type == "sim" else attention_kernels(device, num_threads)
 
     monkeypatch.setattr("flexgen.kv.open.attention_kernels", attention)
-    for module in ("models.experts", "weights.store"):
+    for module in ("models.experts", "weights.opened"):
         monkeypatch.setattr(f"flexgen.{module}.grouped_kernels", lambda device: SimExperts() if device.type == "sim" else None)
     monkeypatch.setattr("flexgen.engine.device_rows.exponential_rows_on", lambda device: draw)
     decoding = SimDecoding()
