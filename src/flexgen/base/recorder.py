@@ -76,11 +76,11 @@ def recorded(recorder: Recorder | None, track: str, name: str, colour: str = "",
     if recorder is None:
         yield args
         return
-    begun = recorder.begin(track)
+    begun = recorder.begin(track, colour)
     try:
         yield args
     finally:
-        recorder.end(begun, name, colour, **args)
+        recorder.end(begun, name, **args)
 
 
 class Moment(Protocol):
@@ -111,11 +111,13 @@ class Begun:
 
     Attributes:
         track: Its track.
+        colour: Its colour, as in `Recorder.slice`.
         start: The time when it began.
-        moment: The moment in what the device computes at which what it submits may begin; None where the track is not of that.
+        moment: The moment in what the device computes at which what it submits may begin; None for waits and for other tracks.
     """
 
     track: str
+    colour: str
     start: int
     moment: Moment | None
 
@@ -174,15 +176,16 @@ class Recorder:
         self._recording = not self._ended and (self._passes is None or self.pass_index in self._passes)
         return self.now()
 
-    def begin(self, track: str) -> Begun:
+    def begin(self, track: str, colour: str = "") -> Begun:
         """Return the beginning of a slice."""
-        moment = self.stream.moment() if self.stream is not None and track == COMPUTE and self._recording else None
-        return Begun(track, self.now(), moment)
+        submits = self._recording and track == COMPUTE and colour != WAITING
+        moment = self.stream.moment() if self.stream is not None and submits else None
+        return Begun(track, colour, self.now(), moment)
 
-    def end(self, begun: Begun, name: str, colour: str = "", **args: Any) -> None:
+    def end(self, begun: Begun, name: str, **args: Any) -> None:
         """Record something that ends now, and what it has submitted to the device; see `slice`."""
-        self.slice(begun.track, name, begun.start, colour, **args)
-        if self.stream is not None and begun.moment is not None and colour != WAITING:
+        self.slice(begun.track, name, begun.start, begun.colour, **args)
+        if self.stream is not None and begun.moment is not None:
             self.stream.computed(begun.moment, name, args)
 
     def slice(self, track: str, name: str, start: int, colour: str = "", **args: Any) -> int:

@@ -68,20 +68,20 @@ class OpenUnits:
         """Return whether a unit has memory to be decoded into, or can be given some.  The lowest one in use always can, on a device."""
         if unit not in self._decoded or unit in self._scratch.units or self._scratch.has_room:
             return True
-        return self._on_device and (self._may_make_room(unit) is not None or unit <= min(self._in_use, default=unit))
+        return self._on_device and self._makes_room(unit) is not None
 
-    def _may_make_room(self, unit: int) -> int | None:
-        """Return a unit whose numbers nobody will use soon: not before those of `unit`, if that is one of the units that are in use."""
+    def _makes_room(self, unit: int) -> int | None:
+        """Return the decoded unit that makes room for another: one that nobody uses before that, or any if that is the lowest in use."""
         lowest = min(self._in_use, default=unit)
         idle = [other for other in self._scratch.units if other not in self._in_use and not lowest <= other < unit]
+        if not idle and unit <= lowest:
+            idle = [*self._scratch.units]
         return max(idle, key=lambda other: (other < lowest, other), default=None)
 
     def use(self, unit: int) -> None:
         """Prepare to compute with a unit that is open."""
         if unit in self._undone:
             self._bind(unit)
-        else:
-            self._scratch.used(unit)
 
     def open(self, arrival: Arrival) -> bool:
         """Decode and bind a unit, and return whether its stored bytes are needed no more, because nothing that is computed refers to them.
@@ -125,9 +125,9 @@ class OpenUnits:
 
     def _piece(self, unit: int) -> torch.Tensor:
         """Return the memory into which a unit is decoded, for which another one may have to make room."""
-        if not self._scratch.used(unit) and not self._scratch.has_room:
-            idle = self._may_make_room(unit)
-            undone = max(self._scratch.units) if idle is None else idle
+        if unit not in self._scratch.units and not self._scratch.has_room:
+            undone = self._makes_room(unit)
+            assert undone is not None, "a unit is opened that is not ready"
             self._scratch.give_back(undone)
             self._undone.add(undone)
         return self._scratch.of(unit)

@@ -22,23 +22,16 @@ class ScratchPool:
     def __init__(self, size_bytes: int, pieces: int, allocate: Callable[[int], torch.Tensor], *, poison: bool = False) -> None:
         self._size_bytes, self._pieces, self._allocate, self._poison = size_bytes, pieces, allocate, poison
         self._free: list[torch.Tensor] = []
-        self._taken: dict[int, torch.Tensor] = {}  # by unit, those used last at the end
+        self._taken: dict[int, torch.Tensor] = {}  # by unit
 
     @property
     def has_room(self) -> bool:
         """Whether one more unit may be decoded, by the memory that is accounted for."""
         return len(self._taken) < self._pieces
 
-    def used(self, unit: int) -> bool:
-        """Return whether a unit has a piece, which counts as used now."""
-        piece = self._taken.pop(unit, None)
-        if piece is not None:
-            self._taken[unit] = piece
-        return piece is not None
-
     @property
     def units(self) -> Collection[int]:
-        """The units that have a piece, those used last at the end."""
+        """The units that have a piece."""
         return self._taken.keys()
 
     def of(self, unit: int) -> torch.Tensor:

@@ -187,7 +187,6 @@ def price(load: PassLoad, spec: ModelSpec, policy: Policy, weights: PassWork) ->
     steps: dict[str, Any] = {f"{where}{kind}": 0 for where in ("", "host_") for kind in ("step_flops", "step_bytes", "sparse_step_bytes")}
     requests: Any = 0
     gathered: Any = 0
-    apart: Any = 0  # micro-batches that wait for the host's attention while others compute with later units
     if not policy.embedding_resident:
         rows = tokens * spec.embedding_row_bytes
         disk_read = disk_read + rows
@@ -205,8 +204,6 @@ def price(load: PassLoad, spec: ModelSpec, policy: Policy, weights: PassWork) ->
         steps[f"{where}sparse_step_bytes"] = steps[f"{where}sparse_step_bytes"] + sparsely
         if home == "device":
             continue
-        if not linked:
-            apart = apart - (-load.next_tokens[home] // policy.micro_batch_tokens)
         new_tokens = load.prompt_tokens[home] + load.next_tokens[home]
         written = new_tokens * spec.kv_bytes_per_token
         if has_device_tier(device) and home in load.earlier_tokens:
@@ -246,7 +243,7 @@ def price(load: PassLoad, spec: ModelSpec, policy: Policy, weights: PassWork) ->
         host_memory_bytes=memory,
         gathered_bytes=gathered,
         decoded_bytes=weights.decoded_bytes,
-        device_decoded_bytes=weights.device_decoded_bytes * np.maximum(apart + (number > apart), 1),  # by each of these anew
+        device_decoded_bytes=weights.device_decoded_bytes * _times_decoded(load, policy, number),
         num_tokens=tokens,
         num_prompt_tokens=prompt_tokens,
         num_sequences=sum(load.num_prompts.values()) + next_tokens,
@@ -257,6 +254,16 @@ def price(load: PassLoad, spec: ModelSpec, policy: Policy, weights: PassWork) ->
         num_disk_requests=requests,
         **steps,
     )
+
+
+def _times_decoded(load: PassLoad, policy: Policy, num_micro_batches: Any) -> Any:
+    """Return how often a device decodes a unit in a pass, at most.
+
+    Each micro-batch that waits for the host's attention decodes it anew, while others compute with later units; those share it.
+    """
+    waiting = [home for home in load.attended_tokens if home != "device" and not comes_to_the_device(home, policy)]
+    apart: Any = sum(-(-load.next_tokens[home] // policy.micro_batch_tokens) for home in waiting)
+    return np.maximum(apart + (num_micro_batches > apart), 1)
 
 
 def _num_micro_batches(load: PassLoad, spec: ModelSpec, policy: Policy) -> Any:

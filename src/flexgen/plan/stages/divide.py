@@ -1,6 +1,6 @@
 """Divides a model among machines that are the stages of a pipeline, so that the slowest stage is as fast as possible.
 
-With K stages there are K blocks of sequences in flight, or some more where links are slow, whose passes follow each other through the
+With K stages there are K blocks of sequences in flight, or some more where that is faster, whose passes follow each other through the
 stages. Each pass takes the slowest stage's time, so what is best for that stage by itself, a block's job and a K-th of the memory for its
 KV (search.py), is best for all: it decides how many sequences a block has and how large passes and micro-batches are. All other stages
 keep to that, each with homes of its own for weights and KV. The layers are cut so that the slowest stage is fastest (cut.py); where another
@@ -44,7 +44,8 @@ LEAST_RATE = 1e-3
 def divide(job: StagedJob, *, hasty: bool = False) -> StagesPlan:
     """Return the best plans of a pipeline's stages.
 
-    There are as many blocks in flight as stages, or more where blocks would be back at the first stage too late to keep it busy.
+    There are as many blocks in flight as stages, or more where blocks would be back at the first stage too late to keep it busy, or where
+    more of them serve a small job in fewer passes.
 
     Unless the options place KV, plans that write more bytes of KV to disk than the weights have are chosen only if that gains at least
     LEAST_SPILL_GAIN, or if the options give a budget on disk.
